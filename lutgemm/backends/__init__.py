@@ -1,0 +1,134 @@
+"""Who computes: the backends, what each can take, and the one place where a choice is made.
+
+A backend states `unavailable()` (None, or why it cannot run here) and `unsupported(problem, algorithm)` (None, or why
+it cannot take the problem). An explicit choice runs or raises with that reason; only "auto" falls back, and says so once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, BackendError
+from ..formats import QuantizedWeight
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, as far as a choice depends on it."""
+
+    op: str
+    """"bcq_linear" or "codebook_linear"."""
+    device: str
+    """device type: "cpu", "cuda", ..."""
+    dtype: torch.dtype
+    """of x and y"""
+    M: int
+    N: int
+    K: int
+    group_size: int
+    planes: int
+    """bits of BCQ, num_codebooks of codebook weights"""
+    scale_kind: str = ""
+    """BCQ: "free", "uniform" or "ratio" """
+    vec_len: int = 0
+    codebook_bits: int = 0
+
+
+Reason = str
+Kernel = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run every op. `algorithms[op]` names what it offers; `choose` picks one for "auto"."""
+
+    name: str
+    device_types: tuple[str, ...]
+    """() = any device"""
+    algorithms: dict[str, tuple[str, ...]]
+    unavailable: Callable[[], Reason | None]
+    unsupported: Callable[[Problem, str], Reason | None]
+    choose: Callable[[Problem], str]
+    prepare: Callable[[QuantizedWeight], Tensor | None]
+    bcq_linear: Kernel
+    codebook_linear: Kernel
+
+
+def _registry() -> dict[str, Backend]:
+    from . import cpu, reference
+
+    return {backend.name: backend for backend in (cpu.BACKEND, reference.BACKEND)}
+
+
+@lru_cache(maxsize=1)
+def registry() -> dict[str, Backend]:
+    """Every backend by name, in the order in which "auto" tries them; `reference` is last and takes everything."""
+    return _registry()
+
+
+def backends() -> dict[str, str | None]:
+    """Name of every backend -> None where it can run on this machine, else the reason why not."""
+    return {name: backend.unavailable() for name, backend in registry().items()}
+
+
+def _refusal(backend: Backend, problem: Problem, algorithm: str) -> Reason | None:
+    if reason := backend.unavailable():
+        return reason
+    if backend.device_types and problem.device not in backend.device_types:
+        return f"it runs on {' and '.join(backend.device_types)}, and x is on {problem.device}"
+    offered = backend.algorithms[problem.op]
+    if algorithm != AUTO and algorithm not in offered:
+        return f"it offers the algorithms {list(offered)} for {problem.op}"
+    return backend.unsupported(problem, algorithm if algorithm != AUTO else backend.choose(problem))
+
+
+@lru_cache(maxsize=8192)
+def select(problem: Problem, backend: str = AUTO, algorithm: str = AUTO) -> tuple[Backend, str]:
+    """The backend and algorithm that run `problem`; cached per problem.
+
+    Raises `ArgumentError` for a name that nobody has, `BackendError` when an explicit choice cannot take the problem.
+    """
+    known = registry()
+    if backend != AUTO and backend not in known:
+        raise ArgumentError(f"backend={backend!r} is unknown; use {AUTO!r} or one of {list(known)}")
+    names = sorted({name for b in known.values() for name in b.algorithms[problem.op]})
+    if algorithm != AUTO and algorithm not in names:
+        raise ArgumentError(f"algorithm={algorithm!r} is unknown for {problem.op}; use {AUTO!r} or one of {names}")
+
+    refusals = {}
+    for candidate in known.values() if backend == AUTO else [known[backend]]:
+        reason = _refusal(candidate, problem, algorithm)
+        if reason is None:
+            if refusals and candidate.name == "reference":
+                _warn_slow(next(iter(refusals.items())))
+            return candidate, candidate.choose(problem) if algorithm == AUTO else algorithm
+        refusals[candidate.name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise BackendError(f"backend={backend!r}, algorithm={algorithm!r} cannot run {problem}: {reasons}")
+
+
+@lru_cache(maxsize=64)
+def _warn_slow(refusal: tuple[str, Reason]) -> None:
+    name, reason = refusal
+    warnings.warn(
+        f"lutgemm runs on its slow PyTorch reference: backend {name!r} was passed over because {reason}. "
+        "`lutgemm env` shows what this installation has.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def prepare(weight: QuantizedWeight) -> Tensor | None:
+    """The kernel layout of `weight` for its device, or None where the kernels read the record as it is."""
+    for backend in registry().values():
+        if backend.unavailable() is None and weight.device.type in backend.device_types:
+            return backend.prepare(weight)
+    return None

@@ -1,0 +1,80 @@
+"""The reference backend: `lutgemm.reference` behind the ops. Any device, any shape, no compiler needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .. import reference
+from ..formats import BCQWeight, CodebookWeight
+from . import Backend
+
+_BCQ: dict[str, Callable[[Tensor, BCQWeight], Tensor]] = {
+    "lut_gemm": reference.lut_gemm,
+    "biqgemm": reference.biqgemm,
+    "dequantize": reference.dequantize,
+}
+_CODEBOOK: dict[str, Callable[[Tensor, CodebookWeight], Tensor]] = {
+    "codegemm": reference.codegemm,
+    "dequantize": reference.dequantize,
+}
+
+
+def _finish(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+def _bcq_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    zeros: Tensor | None,
+    ratios: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    group_size: int,
+    scale_kind: str,
+    algorithm: str,
+) -> Tensor:
+    weight = BCQWeight.build(
+        codes,
+        scales,
+        in_features=x.shape[1],
+        group_size=group_size,
+        scale_kind=scale_kind,
+        offsets=offsets,
+        zeros=zeros,
+        ratios=ratios,
+    )
+    return _finish(_BCQ[algorithm](x, weight), x, bias)
+
+
+def _codebook_linear(
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    group_size: int,
+    algorithm: str,
+) -> Tensor:
+    weight = CodebookWeight.build(codes, codebooks, scales, in_features=x.shape[1], group_size=group_size)
+    return _finish(_CODEBOOK[algorithm](x, weight), x, bias)
+
+
+BACKEND = Backend(
+    name="reference",
+    device_types=(),
+    algorithms={"bcq_linear": tuple(_BCQ), "codebook_linear": tuple(_CODEBOOK)},
+    unavailable=lambda: None,
+    unsupported=lambda problem, algorithm: None,
+    choose=lambda problem: "dequantize",
+    prepare=lambda weight: None,
+    bcq_linear=_bcq_linear,
+    codebook_linear=_codebook_linear,
+)

@@ -1,0 +1,280 @@
+"""The public functions, and the torch operators behind them: argument checks, schemas, fakes and autograd.
+
+    y[M, N] = x[M, K] @ W[N, K].T + bias
+
+`bcq_linear` -> `torch.ops.lutgemm.bcq_linear` -> `backends.select` -> one backend function. Nothing else chooses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import AUTO, Problem, select
+from .errors import ArgumentError
+from .formats import BCQWeight, CodebookWeight, QuantizedWeight
+from .formats.base import num_groups
+from .formats.bcq import unpack_signs
+
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("lutgemm", "FRAGMENT")
+_library.define(
+    "bcq_linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, Tensor? ratios, Tensor? bias, "
+    "Tensor? packed, int group_size, str scale_kind, str backend, str algorithm) -> Tensor"
+)
+_library.define(
+    "codebook_linear(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias, Tensor? packed, "
+    "int group_size, str backend, str algorithm) -> Tensor"
+)
+
+
+def bcq_linear(
+    x: Tensor, weight: BCQWeight, bias: Tensor | None = None, *, backend: str = AUTO, algorithm: str = AUTO
+) -> Tensor:
+    """`x @ W.T + bias` for a BCQ weight.
+
+    x: `[..., K]`, fp32, fp16 or bf16, on the weight's device. bias: `[N]`, of x's dtype. Returns `[..., N]` of x's dtype;
+    sums are fp32. backend: "auto" or a key of `lutgemm.backends()`. algorithm: "auto", "lut_gemm" (LUT-GEMM, ICLR 2024,
+    sections 3.1-3.2), "biqgemm" (BiQGEMM, SC 2020) or "dequantize". An explicit choice runs or raises.
+
+    Raises `ArgumentError` for a wrong shape, dtype, device or name, `BackendError` when an explicit choice cannot run.
+    """
+    if not isinstance(weight, BCQWeight):
+        raise ArgumentError(f"weight: got {type(weight).__name__}, bcq_linear takes a BCQWeight")
+    _check(x, weight, bias)
+    t = weight.tensors
+    y = torch.ops.lutgemm.bcq_linear(
+        x.reshape(-1, weight.shape[1]),
+        t["codes"],
+        t["scales"],
+        t.get("offsets"),
+        t.get("zeros"),
+        t.get("ratios"),
+        bias,
+        weight.packed(),
+        weight.group_size,
+        weight.scale_kind,
+        backend,
+        algorithm,
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def codebook_linear(
+    x: Tensor, weight: CodebookWeight, bias: Tensor | None = None, *, backend: str = AUTO, algorithm: str = AUTO
+) -> Tensor:
+    """`x @ W.T + bias` for a codebook weight.
+
+    Shapes, dtypes, `backend` and errors as in `bcq_linear`. algorithm: "auto", "codegemm" (CodeGEMM, NeurIPS 2025,
+    section 3: the Psumbook) or "dequantize".
+    """
+    if not isinstance(weight, CodebookWeight):
+        raise ArgumentError(f"weight: got {type(weight).__name__}, codebook_linear takes a CodebookWeight")
+    _check(x, weight, bias)
+    y = torch.ops.lutgemm.codebook_linear(
+        x.reshape(-1, weight.shape[1]),
+        weight.codes,
+        weight.codebooks,
+        weight.scales,
+        bias,
+        weight.packed(),
+        weight.group_size,
+        backend,
+        algorithm,
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, **choice: str) -> Tensor:
+    """`bcq_linear` or `codebook_linear`, by the weight's format."""
+    if isinstance(weight, BCQWeight):
+        return bcq_linear(x, weight, bias, **choice)
+    if isinstance(weight, CodebookWeight):
+        return codebook_linear(x, weight, bias, **choice)
+    raise ArgumentError(f"weight: got {type(weight).__name__}, expected a BCQWeight or a CodebookWeight")
+
+
+def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    n, k = weight.shape
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ArgumentError(f"x: got shape {list(x.shape)}, its last dimension must be K={k} (weight is {n}x{k})")
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise ArgumentError(f"x: got dtype {x.dtype}, use torch.float32, torch.float16 or torch.bfloat16")
+    if x.device != weight.device:
+        raise ArgumentError(f"x is on {x.device}, the weight on {weight.device}; move one with .to()")
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ArgumentError(
+            f"bias: got {bias.dtype} {list(bias.shape)} on {bias.device}, expected {x.dtype} [{n}] on {x.device}"
+        )
+
+
+def _bcq_run(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    zeros: Tensor | None,
+    ratios: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    group_size: int,
+    scale_kind: str,
+    backend: str,
+    algorithm: str,
+) -> Tensor:
+    m, k = x.shape
+    bits, n = codes.shape[:2]
+    problem = Problem("bcq_linear", x.device.type, x.dtype, m, n, k, group_size, bits, scale_kind)
+    chosen, name = select(problem, backend, algorithm)
+    return chosen.bcq_linear(x, codes, scales, offsets, zeros, ratios, bias, packed, group_size, scale_kind, name)
+
+
+def _codebook_run(
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    group_size: int,
+    backend: str,
+    algorithm: str,
+) -> Tensor:
+    m, k = x.shape
+    num_codebooks, n = codes.shape[:2]
+    vec_len, codebook_bits = codebooks.shape[2], codebooks.shape[1].bit_length() - 1
+    problem = Problem(
+        "codebook_linear",
+        x.device.type,
+        x.dtype,
+        m,
+        n,
+        k,
+        group_size,
+        num_codebooks,
+        vec_len=vec_len,
+        codebook_bits=codebook_bits,
+    )
+    chosen, name = select(problem, backend, algorithm)
+    return chosen.codebook_linear(x, codes, codebooks, scales, bias, packed, group_size, name)
+
+
+_library.impl("bcq_linear", _bcq_run, "CompositeExplicitAutograd")
+_library.impl("codebook_linear", _codebook_run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lutgemm::bcq_linear", lib=_library)
+def _bcq_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[1])
+
+
+@torch.library.register_fake("lutgemm::codebook_linear", lib=_library)
+def _codebook_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[1])
+
+
+def _group_sums(per_weight: Tensor, group_size: int) -> Tensor:
+    """`[N, K]` -> `[N, G]`: sums over the k of each group."""
+    k = per_weight.shape[1]
+    padded = torch.nn.functional.pad(per_weight, (0, -k % group_size))
+    return padded.unflatten(1, (num_groups(k, group_size), group_size)).sum(-1)
+
+
+def _record(tensors: dict[str, Tensor | None], in_features: int, group_size: int, **kind: Any) -> BCQWeight:
+    given = {name: t.detach() for name, t in tensors.items() if t is not None}
+    return BCQWeight.build(in_features=in_features, group_size=group_size, **given, **kind)  # type: ignore[arg-type]
+
+
+def _bcq_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, offsets, zeros, ratios, _, _, ctx.group_size, ctx.scale_kind, _, _ = inputs
+    ctx.save_for_backward(x, codes, scales, offsets, zeros, ratios)
+
+
+def _bcq_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """x, scales, offsets and bias of a free-scale weight; x, scales and bias of the other kinds."""
+    x, codes, scales, offsets, zeros, ratios = ctx.saved_tensors
+    needs, group_size, k = ctx.needs_input_grad, ctx.group_size, x.shape[1]
+    grad_x = grad_scales = grad_offsets = grad_zeros = grad_bias = None
+    if needs[0]:
+        tensors = {"codes": codes, "scales": scales, "offsets": offsets, "zeros": zeros, "ratios": ratios}
+        grad_x = grad_y @ _record(tensors, k, group_size, scale_kind=ctx.scale_kind).dequantize(grad_y.dtype)
+    if needs[2] or needs[3] or needs[4] or needs[5]:
+        if needs[5]:
+            raise ArgumentError("ratios do not take a gradient; train scales and offsets")
+        grad_w = grad_y.to(torch.float32).T @ x.to(torch.float32)
+        grad_offset = _group_sums(grad_w, group_size)
+        if needs[2] or needs[4]:
+            per_plane = torch.stack([_group_sums(grad_w * unpack_signs(plane, k), group_size) for plane in codes])
+            if ctx.scale_kind == "free":
+                grad_scales = per_plane
+            elif ctx.scale_kind == "ratio":
+                grad_scales = (per_plane * ratios[:, None, None]).sum(0, keepdim=True)
+            else:
+                grad_scales, grad_zeros = _uniform_grads(per_plane, grad_offset, scales, zeros)
+                grad_zeros = grad_zeros.to(zeros.dtype) if needs[4] else None
+            grad_scales = grad_scales.to(scales.dtype) if needs[2] else None
+        if needs[3]:
+            grad_offsets = grad_offset.to(offsets.dtype)
+    if needs[6]:
+        grad_bias = grad_y.sum(0)
+    return grad_x, None, grad_scales, grad_offsets, grad_zeros, None, grad_bias, None, None, None, None, None
+
+
+def _uniform_grads(per_plane: Tensor, grad_offset: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """W = s * (center - zero + sum of 2^(bits-2-b) * sign): gradients of s `[1, N, G]` and of zero `[N, G]`."""
+    from .formats.bcq import uniform_center, uniform_plane_weights
+
+    bits = len(per_plane)
+    place = torch.tensor(uniform_plane_weights(bits), device=per_plane.device)[:, None, None]
+    grad_s = (per_plane * place).sum(0) + grad_offset * uniform_center(zeros, bits)
+    return grad_s.unsqueeze(0), -grad_offset * scales[0].to(torch.float32)
+
+
+def _codebook_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, codebooks, scales, _, _, ctx.group_size, _, _ = inputs
+    ctx.save_for_backward(x, codes, codebooks, scales)
+
+
+def _codebook_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, codebooks, scales = ctx.saved_tensors
+    needs, group_size, k = ctx.needs_input_grad, ctx.group_size, x.shape[1]
+    grad_x = grad_codebooks = grad_scales = grad_bias = None
+    weight = CodebookWeight.build(
+        codes, codebooks.detach(), scales.detach(), in_features=k, group_size=group_size
+    )
+    if needs[0]:
+        grad_x = grad_y @ weight.dequantize(grad_y.dtype)
+    if needs[2] or needs[3]:
+        grad_w = grad_y.to(torch.float32).T @ x.to(torch.float32)
+        if needs[3]:
+            unit = CodebookWeight.build(
+                codes, codebooks.detach(), torch.ones_like(scales), in_features=k, group_size=group_size
+            )
+            grad_scales = _group_sums(grad_w * unit.dequantize(), group_size).to(scales.dtype)
+        if needs[2]:
+            grad_codebooks = _codebook_grads(grad_w, codes, codebooks, scales, group_size)
+    if needs[4]:
+        grad_bias = grad_y.sum(0)
+    return grad_x, None, grad_codebooks, grad_scales, grad_bias, None, None, None, None
+
+
+def _codebook_grads(grad_w: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Each centroid's gradient: the sum over its uses of scale * grad_w."""
+    from .formats.base import expand_groups
+
+    k, vec_len = grad_w.shape[1], codebooks.shape[2]
+    scaled = grad_w * expand_groups(scales.detach().to(torch.float32), k, group_size)
+    vectors = torch.nn.functional.pad(scaled, (0, -k % vec_len)).unflatten(1, (-1, vec_len)).flatten(0, 1)
+    out = torch.zeros_like(codebooks, dtype=torch.float32)
+    for c, own in enumerate(codes):
+        out[c].index_add_(0, own.flatten().long(), vectors)
+    return out.to(codebooks.dtype)
+
+
+torch.library.register_autograd("lutgemm::bcq_linear", _bcq_backward, setup_context=_bcq_setup, lib=_library)
+torch.library.register_autograd(
+    "lutgemm::codebook_linear", _codebook_backward, setup_context=_codebook_setup, lib=_library
+)
