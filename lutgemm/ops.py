@@ -36,9 +36,9 @@ def bcq_linear(
 ) -> Tensor:
     """`x @ W.T + bias` for a BCQ weight.
 
-    x: `[..., K]`, fp32, fp16 or bf16, on the weight's device. bias: `[N]`, of x's dtype. Returns `[..., N]` of x's dtype;
-    sums are fp32. backend: "auto" or a key of `lutgemm.backends()`. algorithm: "auto", "lut_gemm" (LUT-GEMM, ICLR 2024,
-    sections 3.1-3.2), "biqgemm" (BiQGEMM, SC 2020) or "dequantize". An explicit choice runs or raises.
+    x: `[..., K]`, fp32, fp16 or bf16, on the weight's device. bias: `[N]`, of x's dtype. Returns `[..., N]` of x's
+    dtype; sums are fp32. backend: "auto" or a key of `lutgemm.backends()`. algorithm: "auto", "lut_gemm" (LUT-GEMM,
+    ICLR 2024, section 3), "biqgemm" (BiQGEMM, SC 2020) or "dequantize". An explicit choice runs or raises.
 
     Raises `ArgumentError` for a wrong shape, dtype, device or name, `BackendError` when an explicit choice cannot run.
     """
@@ -242,9 +242,7 @@ def _codebook_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, codebooks, scales = ctx.saved_tensors
     needs, group_size, k = ctx.needs_input_grad, ctx.group_size, x.shape[1]
     grad_x = grad_codebooks = grad_scales = grad_bias = None
-    weight = CodebookWeight.build(
-        codes, codebooks.detach(), scales.detach(), in_features=k, group_size=group_size
-    )
+    weight = CodebookWeight.build(codes, codebooks.detach(), scales.detach(), in_features=k, group_size=group_size)
     if needs[0]:
         grad_x = grad_y @ weight.dequantize(grad_y.dtype)
     if needs[2] or needs[3]:

@@ -8,6 +8,8 @@ gather from them; sums are fp32.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def exact_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def signed_sums(x: Tensor) -> Tensor:
-    """x `[M, K]` -> fp32 table `[M, ceil(K/8), 256]`: entry e of slice j is `sum over i of (2*bit(e, i) - 1) * x[8*j + i]`.
+    """x `[M, K]` -> fp32 tables `[M, ceil(K/8), 256]`: entry e of slice j sums `sign(e, i) * x[8*j + i]` over i.
 
     LUT-GEMM (ICLR 2024), section 3.1, figure 2. K is padded with zeros.
     """
@@ -42,7 +44,7 @@ def _octets(codes: Tensor, num_slices: int) -> Tensor:
 def _slices_of_groups(in_features: int, group_size: int) -> list[slice]:
     """Table slices of each group. Group bounds are multiples of 32 (or the end of the row), so no slice spans two."""
     edges = [min(g * group_size, in_features) for g in range(num_groups(in_features, group_size) + 1)]
-    return [slice(a // LUT_WIDTH, -(-b // LUT_WIDTH)) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a // LUT_WIDTH, -(-b // LUT_WIDTH)) for a, b in pairwise(edges)]
 
 
 def _group_offsets(x: Tensor, weight: BCQWeight) -> Tensor:

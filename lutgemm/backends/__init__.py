@@ -1,7 +1,8 @@
 """Who computes: the backends, what each can take, and the one place where a choice is made.
 
 A backend states `unavailable()` (None, or why it cannot run here) and `unsupported(problem, algorithm)` (None, or why
-it cannot take the problem). An explicit choice runs or raises with that reason; only "auto" falls back, and says so once.
+it cannot take the problem). An explicit choice runs or raises with that reason; only "auto" falls back, and says so
+once.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def select(problem: Problem, backend: str = AUTO, algorithm: str = AUTO) -> tupl
     if algorithm != AUTO and algorithm not in names:
         raise ArgumentError(f"algorithm={algorithm!r} is unknown for {problem.op}; use {AUTO!r} or one of {names}")
 
-    refusals = {}
+    refusals: dict[str, Reason] = {}
     for candidate in known.values() if backend == AUTO else [known[backend]]:
         reason = _refusal(candidate, problem, algorithm)
         if reason is None:

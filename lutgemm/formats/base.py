@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -117,6 +117,9 @@ def row_slabs(rows: int, bytes_per_row: int, budget: int = 64 << 20) -> Iterator
         yield slice(start, min(rows, start + step))
 
 
+L = TypeVar("L", bound="Layout")
+
+
 class Layout(ABC):
     """Everything about a weight but its numbers: enough to allocate, to load, and to report its size."""
 
@@ -154,6 +157,18 @@ class Layout(ABC):
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """JSON form without N and K, so that one entry can serve many layers."""
+
+    @classmethod
+    def from_dict(cls: type[L], entry: Mapping[str, Any], out_features: int, in_features: int) -> L:
+        """The layout of `to_dict` for a layer of N x K. Raises `ArgumentError` on a missing, unknown or bad field."""
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items() if key != "format"}
+        own = [f for f in fields(cls) if f.name not in ("out_features", "in_features")]  # type: ignore[arg-type]
+        known, required = {f.name for f in own}, {f.name for f in own if f.default is MISSING}
+        if unknown := given.keys() - known:
+            raise ArgumentError(f"{cls.format} layout: unknown fields {sorted(unknown)}; known are {sorted(known)}")
+        if missing := required - given.keys():
+            raise ArgumentError(f"{cls.format} layout: missing fields {sorted(missing)}")
+        return cls(out_features=out_features, in_features=in_features, **given)  # type: ignore[call-arg]
 
 
 W = TypeVar("W", bound="QuantizedWeight")
@@ -242,9 +257,9 @@ class QuantizedWeight(ABC):
             return self._packed
         key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.tensors.values())
         if self._packed_key != key:
-            from .. import backends
+            from ..backends import prepare
 
-            self._packed, self._packed_key = backends.prepare(self), key
+            self._packed, self._packed_key = prepare(self), key
         return self._packed
 
     def __repr__(self) -> str:
@@ -261,8 +276,19 @@ class QuantizedWeight(ABC):
         """Raise `FormatError` on what a shape cannot show: codes out of range, NaN or Inf, set padding bits."""
 
     @abstractmethod
+    def _dequantize_rows(self, rows: slice) -> Tensor:
+        """fp32 W[rows], computed in the order of SPEC.md."""
+
     def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
-        """W `[N, K]` (or the given rows of it), computed in fp32 in the order of SPEC.md, then cast to `dtype`."""
+        """W `[N, K]` (or the given rows of it), computed in fp32 in the order of SPEC.md, then cast to `dtype`.
+
+        Working memory beyond the result is bounded: rows are taken in slabs.
+        """
+        start, stop, _ = rows.indices(self.shape[0])
+        out = torch.empty(max(0, stop - start), self.shape[1], dtype=dtype, device=self.device)
+        for slab in row_slabs(len(out), 16 * self.shape[1]):
+            out[slab] = self._dequantize_rows(slice(start + slab.start, start + slab.stop)).to(dtype)
+        return out
 
 
 def read_header(state: Mapping[str, Tensor], format_name: str, format_id: int) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from .base import (
     parse_scale_dtype,
     read_header,
     resolve_group_size,
-    row_slabs,
 )
 
 FORMAT_ID = 1
@@ -66,7 +66,7 @@ class BCQLayout(Layout):
         if self.zeros_dtype not in ZEROS_DTYPES:
             raise ArgumentError(f"zeros_dtype={self.zeros_dtype!r} is not supported; use one of {list(ZEROS_DTYPES)}")
         if self.scale_kind == "uniform" and self.has_offsets:
-            raise ArgumentError("has_offsets=True is not supported with scale_kind='uniform'; its zeros take that place")
+            raise ArgumentError("has_offsets=True does not go with scale_kind='uniform', whose zeros take that place")
         if self.nested_bits:
             if self.scale_kind != "free":
                 raise ArgumentError(f"nested_bits={self.nested_bits} needs scale_kind='free', got {self.scale_kind!r}")
@@ -115,16 +115,6 @@ class BCQLayout(Layout):
             entry["nested_bits"] = list(self.nested_bits)
         return entry
 
-    @classmethod
-    def from_dict(cls, entry: Mapping[str, Any], out_features: int, in_features: int) -> BCQLayout:
-        fields = {key: value for key, value in entry.items() if key != "format"}
-        known = set(cls.__dataclass_fields__) - {"out_features", "in_features"}
-        if unknown := fields.keys() - known:
-            raise ArgumentError(f"bcq layout: unknown fields {sorted(unknown)}; known are {sorted(known)}")
-        if "nested_bits" in fields:
-            fields["nested_bits"] = tuple(fields["nested_bits"])
-        return cls(out_features=out_features, in_features=in_features, **fields)
-
 
 def pack_bits(bits: Tensor) -> Tensor:
     """Bits `[..., K]` (bool or 0/1) -> int32 words `[..., ceil(K/32)]`; bit k % 32 of word k // 32, LSB first."""
@@ -148,7 +138,7 @@ def unpack_signs(codes: Tensor, in_features: int, dtype: torch.dtype = torch.flo
 
 
 def uniform_plane_weights(bits: int) -> list[float]:
-    """Weight of each plane of an integer grid, plane 0 the most significant: `2**(bits - 2 - b)` (times sign, times s)."""
+    """`2**(bits - 2 - b)`: what plane b of an integer grid weighs, times its sign and s; plane 0 is the leading bit."""
     return [2.0 ** (bits - 2 - b) for b in range(bits)]
 
 
@@ -271,29 +261,24 @@ class BCQWeight(QuantizedWeight):
         if bits == self.bits:
             return self
         codes, n = self.codes[:bits], self.layout
-        common = {"in_features": n.in_features, "group_size": n.group_size, "scale_kind": n.scale_kind}
+        build = partial(
+            BCQWeight.build, codes, in_features=n.in_features, group_size=n.group_size, scale_kind=n.scale_kind
+        )
         if n.scale_kind == "uniform":
             assert self.zeros is not None
             step = 2.0 ** (self.bits - bits)
             zeros = (self.zeros.to(torch.float32) - (step - 1) / 2) / step
             scales = self.scales.to(torch.float32) * step
-            return BCQWeight.build(codes, scales, zeros=zeros, **common)
+            return build(scales, zeros=zeros)
         if n.scale_kind == "ratio":
             assert self.ratios is not None
-            return BCQWeight.build(codes, self.scales, offsets=self.offsets, ratios=self.ratios[:bits], **common)
+            return build(self.scales, offsets=self.offsets, ratios=self.ratios[:bits])
         lower = {p: (self.tensors[f"scales_{p}"], self.tensors.get(f"offsets_{p}")) for p in n.nested_bits if p < bits}
         if bits in n.nested_bits:
             scales, offsets = self.tensors[f"scales_{bits}"], self.tensors.get(f"offsets_{bits}")
         else:
             scales, offsets = self.scales[:bits], self.offsets
-        return BCQWeight.build(codes, scales, offsets=offsets, nested=lower, **common)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
-        start, stop, _ = rows.indices(self.shape[0])
-        out = torch.empty(max(0, stop - start), self.shape[1], dtype=dtype, device=self.device)
-        for slab in row_slabs(len(out), 16 * self.shape[1]):
-            out[slab] = self._dequantize_rows(slice(start + slab.start, start + slab.stop)).to(dtype)
-        return out
+        return build(scales, offsets=offsets, nested=lower)
 
     def _dequantize_rows(self, rows: slice) -> Tensor:
         k, group_size = self.shape[1], self.group_size
@@ -317,7 +302,7 @@ class BCQWeight(QuantizedWeight):
         return value
 
     def plane_scales(self) -> Tensor:
-        """`[bits, N, G]`: the scale of each plane. free: as stored; ratio: fp32 scales * ratios; uniform: fp32 s * 2^.."""
+        """`[bits, N, G]`: each plane's scale in the free form: as stored, or fp32 (SPEC.md, sections 2.2 and 2.3)."""
         if self.scale_kind == "free":
             return self.scales
         if self.scale_kind == "ratio":
@@ -327,7 +312,7 @@ class BCQWeight(QuantizedWeight):
         return self.scales.to(torch.float32) * place[:, None, None]
 
     def plane_offsets(self) -> Tensor | None:
-        """`[N, G]`: the offset in the free form of this weight (uniform: fp32 `s * ((2^bits - 1)/2 - zero)`), or None."""
+        """`[N, G]`: the offsets in the free form: as stored, or fp32 `s * (center - zero)` (uniform), or None."""
         if self.scale_kind == "uniform":
             assert self.zeros is not None
             return self.scales[0].to(torch.float32) * uniform_center(self.zeros, self.bits)

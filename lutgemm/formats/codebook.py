@@ -26,7 +26,6 @@ from .base import (
     parse_scale_dtype,
     read_header,
     resolve_group_size,
-    row_slabs,
 )
 
 FORMAT_ID = 2
@@ -88,17 +87,6 @@ class CodebookLayout(Layout):
             "group_size": self.group_size,
             "scale_dtype": self.scale_dtype,
         }
-
-    @classmethod
-    def from_dict(cls, entry: Mapping[str, Any], out_features: int, in_features: int) -> CodebookLayout:
-        fields = {key: value for key, value in entry.items() if key != "format"}
-        known = set(cls.__dataclass_fields__) - {"out_features", "in_features"}
-        if unknown := fields.keys() - known:
-            raise ArgumentError(f"codebook layout: unknown fields {sorted(unknown)}; known are {sorted(known)}")
-        required = {"num_codebooks", "vec_len", "codebook_bits", "group_size"}
-        if missing := required - fields.keys():
-            raise ArgumentError(f"codebook layout: missing fields {sorted(missing)}")
-        return cls(out_features=out_features, in_features=in_features, **fields)
 
 
 class CodebookWeight(QuantizedWeight):
@@ -171,13 +159,6 @@ class CodebookWeight(QuantizedWeight):
         low, high, entries = int(self.codes.min()), int(self.codes.max()), 2**self.layout.codebook_bits
         if low < 0 or high >= entries:
             raise FormatError(f"codebook weight: codes from {low} to {high}, but there are {entries} centroids")
-
-    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
-        start, stop, _ = rows.indices(self.shape[0])
-        out = torch.empty(max(0, stop - start), self.shape[1], dtype=dtype, device=self.device)
-        for slab in row_slabs(len(out), 16 * self.shape[1]):
-            out[slab] = self._dequantize_rows(slice(start + slab.start, start + slab.stop)).to(dtype)
-        return out
 
     def _dequantize_rows(self, rows: slice) -> Tensor:
         k = self.shape[1]
