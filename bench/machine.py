@@ -1,0 +1,104 @@
+"""The header of a run: what measured it, and how fast its memory is."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, _native
+from ..testing.timing import cpu_caches, last_level_cache
+
+BANDWIDTH_REPEATS = 5
+
+
+def cpu_brand() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the folder of this package, or None where that is no checkout or there is no git."""
+    folder = Path(__file__).resolve().parent
+    try:
+        ran = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout that this package runs from, and whether files differ from it; None where installed."""
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit = _git("rev-parse", "HEAD") if tracked else None
+    status = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
+
+
+def version_of(package: str) -> str | None:
+    """Installed version of `package`, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def header(command: list[str] | None = None) -> dict[str, Any]:
+    """Machine, versions, commit, date and command of a run, as JSON values."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(command if command is not None else ["lutgemm", *sys.argv[1:]]),
+        "cpu": cpu_brand(),
+        "cores": usable_cores(),
+        "caches": cpu_caches(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lutgemm": __version__,
+        **git_state(),
+    }
+
+
+def read_bandwidth(threads: int) -> float:
+    """GB/s at which `threads` threads read memory: the wall for one token. Best of a few passes over 4 caches.
+
+    Measured by a C++ loop of the host module; without it, by torch's copy, counting bytes read and written.
+    """
+    nbytes = max(4 * last_level_cache(), 128 << 20)
+    host, _ = _native.host()
+    if host is not None and hasattr(host, "read_bandwidth"):
+        return float(host.read_bandwidth(nbytes, BANDWIDTH_REPEATS, threads))
+    return copy_bandwidth(nbytes)
+
+
+def copy_bandwidth(nbytes: int) -> float:
+    """GB/s, reading and writing counted, of torch copying `nbytes` with its current threads."""
+    import time
+
+    source, target = torch.zeros(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
+    best = float("inf")
+    for _ in range(BANDWIDTH_REPEATS):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * nbytes / best / 1e9

@@ -1,0 +1,128 @@
+// What the CPU bindings share: checks that name the argument, and tensor -> pointer.
+// Only bind_*.cpp include this; kernels see params.h.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+#include "params.h"
+
+namespace lutgemm::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Far above any model, small enough that no size overflows an int64 (MAX_FEATURES of the formats).
+constexpr int64_t kMaxFeatures = int64_t(1) << 24;
+
+// Throws std::runtime_error (RuntimeError in Python) of the joined text unless `ok`.
+template <class... Text>
+inline void check(bool ok, const Text&... text) {
+  if (ok) return;
+  std::ostringstream message;
+  ((message << text), ...);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ']';
+  return text.str();
+}
+
+// CPU, contiguous, and of the given shape; -1 takes any size.
+inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  check(t.is_cpu(), name, ": must be a CPU tensor");
+  check(t.layout() == torch::headeronly::Layout::Strided, name, ": must be a dense tensor");
+  bool fits = t.dim() == int64_t(shape.size());
+  std::ostringstream wanted;
+  int64_t d = 0;
+  for (int64_t size : shape) {
+    if (fits && size >= 0 && t.size(d) != size) fits = false;
+    wanted << (d++ ? ", " : "");
+    size < 0 ? wanted << '*' : wanted << size;
+  }
+  check(fits, name, ": got shape ", shape_text(t), ", expected [", wanted.str(), "]");
+  check(t.is_contiguous(), name, ": must be contiguous");
+}
+
+// fp32, fp16 or bf16.
+inline DType float_dtype(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      check(false, name, ": must be float32, float16 or bfloat16");
+      return DType::kFloat32;
+  }
+}
+
+// The dtype called `name` as an argument of `*_dequantize`.
+inline DType dtype_from_name(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  check(name == "bfloat16", "dtype='", name, "': use float32, float16 or bfloat16");
+  return DType::kBFloat16;
+}
+
+inline ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return ScalarType::Half;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kUInt8:
+      return ScalarType::Byte;
+    case DType::kInt16:
+      return ScalarType::Short;
+    default:
+      return ScalarType::Float;
+  }
+}
+
+// An uninitialised CPU tensor.
+inline Tensor empty_cpu(std::initializer_list<int64_t> shape, DType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), scalar_type(dtype),
+                              std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  check(low <= value && value <= high, name, "=", value, ": must be from ", low, " to ", high);
+}
+
+// The instruction set asked for by number; refused where this CPU lacks it.
+inline Isa requested_isa(int64_t isa) {
+  check_range("isa", isa, int(Isa::kScalar), int(Isa::kAvx512));
+  check(isa <= int64_t(cpu_isa()), "isa=", isa, ": this CPU runs at most ", int(cpu_isa()),
+        " (0 scalar, 1 avx2, 2 avx512)");
+  return Isa(isa);
+}
+
+// x [M, K], bias [N] of x's dtype or none -> Io with y [M, N], which the caller has to fill.
+inline Io make_io(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y, int64_t N, int64_t K) {
+  check_tensor(x, "x", {-1, K});
+  const DType dtype = float_dtype(x, "x");
+  if (bias) {
+    check_tensor(*bias, "bias", {N});
+    check(float_dtype(*bias, "bias") == dtype, "bias: must have the dtype of x");
+  }
+  y = empty_cpu({x.size(0), N}, dtype);
+  return Io{x.size(0), x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), dtype};
+}
+
+}  // namespace lutgemm::bind

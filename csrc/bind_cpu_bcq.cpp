@@ -1,0 +1,147 @@
+// The BCQ operators of the CPU: every argument checked, tensors -> params, work cut over torch's threads.
+#include <algorithm>
+
+#include "bind_cpu.h"
+#include "cpu/bcq.h"
+
+namespace lutgemm::bind {
+namespace {
+
+// Table look-ups below which another thread costs more than it saves (a fork and join is some 5 us).
+constexpr int64_t kLookupsPerThread = int64_t(1) << 19;
+
+// How many of `count` equal items of `lookups` look-ups each a thread should at least get.
+int64_t grain(int64_t lookups) { return std::max<int64_t>(1, kLookupsPerThread / std::max<int64_t>(1, lookups)); }
+
+struct BcqTensors {
+  const Tensor &codes, &scales;
+  const std::optional<Tensor>&offsets, &zeros;
+};
+
+BcqWeight bcq_weight(const BcqTensors& t, int64_t K, int64_t group_size, bool uniform) {
+  check_range("K", K, 1, kMaxFeatures);
+  check_range("group_size", group_size, 1, kMaxFeatures);
+  check(group_size % 32 == 0 || group_size >= K, "group_size=", group_size, ": must be a multiple of 32, or K or more");
+  check_tensor(t.codes, "codes", {-1, -1, (K + 31) / 32});
+  check(t.codes.scalar_type() == ScalarType::Int, "codes: must be int32");
+  BcqWeight w{};
+  w.N = t.codes.size(1);
+  w.K = K;
+  w.G = (K + group_size - 1) / group_size;
+  w.words = (K + 31) / 32;
+  w.group_size = group_size;
+  w.uniform = uniform;
+  check_range("bits", t.codes.size(0), 1, kMaxBits);
+  check_range("N", w.N, 1, kMaxFeatures);
+  w.bits = int(t.codes.size(0));
+  check_tensor(t.scales, "scales", {uniform ? 1 : w.bits, w.N, w.G});
+  w.scale_dtype = float_dtype(t.scales, "scales");
+  w.codes = static_cast<const uint32_t*>(t.codes.const_data_ptr());
+  w.scales = t.scales.const_data_ptr();
+  check(uniform == t.zeros.has_value(), "zeros: the uniform kind needs them, the free kind has none");
+  check(!(uniform && t.offsets), "offsets: the uniform kind has none");
+  if (t.offsets) {
+    check_tensor(*t.offsets, "offsets", {w.N, w.G});
+    check(float_dtype(*t.offsets, "offsets") == w.scale_dtype, "offsets: must have the dtype of scales");
+    w.offsets = t.offsets->const_data_ptr();
+  }
+  if (t.zeros) {
+    check_tensor(*t.zeros, "zeros", {w.N, w.G});
+    w.zeros_dtype = t.zeros->scalar_type() == ScalarType::Byte ? DType::kUInt8 : float_dtype(*t.zeros, "zeros");
+    w.zeros = t.zeros->const_data_ptr();
+  }
+  return w;
+}
+
+Tensor bcq_pack_cpu(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets,
+                    const std::optional<Tensor>& zeros, int64_t K, int64_t group_size, bool uniform) {
+  const BcqWeight weight = bcq_weight({codes, scales, offsets, zeros}, K, group_size, uniform);
+  const PackedBcq layout =
+      packed_layout(weight.N, K, group_size, weight.bits, uniform, weight.offsets != nullptr, weight.scale_dtype);
+  Tensor packed = empty_cpu({packed_bytes(layout)}, DType::kUInt8);
+  auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  write_packed_header(layout, out);
+  torch::stable::parallel_for(0, layout.row_blocks, grain(kRowBlock * weight.words * weight.bits),
+                              [&](int64_t begin, int64_t end) { pack_row_blocks(weight, layout, begin, end, out); });
+  return packed;
+}
+
+void run_lut_gemm(const PackedBcq& weight, Isa isa, const Io& io) {
+  TokenTables token = make_token_tables(weight, isa);
+  const int64_t row_block_lookups = kRowBlock * weight.words * 8 * weight.bits;
+  for (int64_t m = 0; m < io.M; ++m) {
+    torch::stable::parallel_for(0, weight.words, grain(8 * 16), [&](int64_t begin, int64_t end) {
+      prepare_words(weight, isa, io, m, begin, end, token);
+    });
+    prepare_sums(weight, token);
+    torch::stable::parallel_for(0, weight.row_blocks, grain(row_block_lookups), [&](int64_t begin, int64_t end) {
+      lut_gemm_rows(weight, isa, io, m, token, begin, end);
+    });
+  }
+}
+
+void run_biqgemm(const PackedBcq& weight, Isa isa, const Io& io) {
+  const int64_t lookups = kRowBlock * weight.words * 8 * weight.bits * io.M;
+  torch::stable::parallel_for(0, weight.row_blocks, grain(lookups),
+                              [&](int64_t begin, int64_t end) { biqgemm_rows(weight, isa, io, begin, end); });
+}
+
+Tensor bcq_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
+                      const std::string& algorithm, int64_t isa_number) {
+  const Isa isa = requested_isa(isa_number);
+  check(algorithm == "lut_gemm" || algorithm == "biqgemm", "algorithm='", algorithm, "': use lut_gemm or biqgemm");
+  check_tensor(packed, "packed", {-1});
+  check(packed.scalar_type() == ScalarType::Byte, "packed: must be uint8");
+  PackedBcq weight;
+  const char* fault = parse_packed(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.numel(), &weight);
+  check(fault == nullptr, "packed: ", fault ? fault : "", "; make it with lutgemm::_bcq_pack_cpu");
+  check(weight.N == N, "packed: it holds N=", weight.N, ", N=", N, " was asked for");
+  Tensor y;
+  const Io io = make_io(x, bias, y, weight.N, weight.K);
+  if (io.M == 0) return y;
+  algorithm == "lut_gemm" ? run_lut_gemm(weight, isa, io) : run_biqgemm(weight, isa, io);
+  return y;
+}
+
+Tensor bcq_dequantize_cpu(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets,
+                          const std::optional<Tensor>& zeros, int64_t K, int64_t group_size, bool uniform,
+                          int64_t row_begin, int64_t row_end, const std::string& dtype_name, int64_t isa_number) {
+  const Isa isa = requested_isa(isa_number);
+  const DType dtype = dtype_from_name(dtype_name);
+  const BcqWeight weight = bcq_weight({codes, scales, offsets, zeros}, K, group_size, uniform);
+  check_range("row_begin", row_begin, 0, weight.N);
+  check_range("row_end", row_end, row_begin, weight.N);
+  Tensor out = empty_cpu({row_end - row_begin, K}, dtype);
+  auto* data = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const int64_t row_bytes = K * int64_t(out.element_size());
+  torch::stable::parallel_for(row_begin, row_end, grain(K * weight.bits), [&](int64_t begin, int64_t end) {
+    bcq_dequantize_rows(weight, isa, begin, end, dtype, data + (begin - row_begin) * row_bytes);
+  });
+  return out;
+}
+
+int64_t best_cpu_isa() { return int64_t(cpu_isa()); }
+
+}  // namespace
+}  // namespace lutgemm::bind
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
+  m.def("_cpu_isa() -> int");
+  m.def(
+      "_bcq_pack_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, bool uniform) "
+      "-> Tensor");
+  m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, str algorithm, int isa) -> Tensor");
+  m.def(
+      "_bcq_dequantize_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, "
+      "bool uniform, int row_begin, int row_end, str dtype, int isa) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lutgemm, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", TORCH_BOX(&lutgemm::bind::best_cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lutgemm, CPU, m) {
+  m.impl("_bcq_pack_cpu", TORCH_BOX(&lutgemm::bind::bcq_pack_cpu));
+  m.impl("_bcq_linear_cpu", TORCH_BOX(&lutgemm::bind::bcq_linear_cpu));
+  m.impl("_bcq_dequantize_cpu", TORCH_BOX(&lutgemm::bind::bcq_dequantize_cpu));
+}

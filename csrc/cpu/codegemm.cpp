@@ -1,0 +1,201 @@
+// CodeGEMM, the part that no instruction set changes: which tokens, rows and entries are done when.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "codebook.h"
+#include "convert.h"
+#include "isa.h"
+
+namespace lutgemm {
+namespace {
+
+// fp32 sums of one pass over the weight, y and partial together: with the tables they should stay in L2.
+constexpr int64_t kSumFloats = 128 << 10;
+
+// Passes of a one-token kernel that share a tile of codes while it is in cache.
+constexpr int kMaxPasses = 16;
+
+// 64-byte aligned floats that a thread keeps between calls: fresh pages would cost as much as a small layer.
+class Scratch {
+ public:
+  float* at_least(int64_t floats) {
+    if (floats > size_) {
+      const size_t bytes = (size_t(floats) * 4 + 63) / 64 * 64;
+      void* fresh = std::aligned_alloc(64, bytes);
+      if (fresh == nullptr) throw std::bad_alloc();
+      data_.reset(static_cast<float*>(fresh));
+      std::memset(fresh, 0, bytes);
+      size_ = floats;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t size_ = 0;
+};
+
+// Codes are asked for this many blocks before their turn: far enough for DRAM, near enough to stay in L1.
+constexpr int64_t kPrefetchBlocks = 2;
+
+void prefetch(const uint8_t* codes, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i);
+}
+
+int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+// The kernel for `tokens` more tokens; it may take fewer, or (the rest zero) up to the next of its widths.
+const CodegemmKernel& choose_kernel(const PackedLayout& p, Isa isa, int64_t tokens) {
+#if LUTGEMM_X86
+  if (isa == Isa::kAvx512) {
+    static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
+    if (vbmi && p.codebook_bits <= 8 && tokens <= 4) return kCodegemmVbmi;
+    if (tokens > 8) return kCodegemmAvx512x16;
+  }
+  if (isa >= Isa::kAvx2) return tokens == 1 ? kCodegemmAvx2 : tokens <= 4 ? kCodegemmAvx2x4 : kCodegemmAvx2x8;
+#endif
+  return kCodegemmScalar;
+}
+
+// Tokens [m0, m0 + passes * width) -> x [passes][K padded to vectors][width], zero where there is none.
+void load_x(const PackedLayout& p, const Io& io, Isa isa, int64_t m0, int width, int passes, float* row, float* x) {
+  const int64_t padded = p.J * p.vec_len;
+  const char* source = static_cast<const char*>(io.x);
+  for (int64_t t = 0; t < int64_t(width) * passes; ++t) {
+    float* out = x + t / width * padded * width + t % width;
+    if (m0 + t < io.M) {
+      load_floats(isa, io.dtype, source + (m0 + t) * p.K * dtype_bytes(io.dtype), p.K, row);
+      std::fill(row + p.K, row + padded, 0.0f);
+    } else {
+      std::fill(row, row + padded, 0.0f);
+    }
+    for (int64_t k = 0; k < padded; ++k) out[k * width] = row[k];
+  }
+}
+
+// y [passes][rows][width] fp32, plus bias, rounded once -> io.y[m0 + .., row0 : row0 + rows].
+void store_y(const PackedLayout& p, const Io& io, Isa isa, int64_t m0, int width, int passes, int64_t row0,
+             int64_t rows, int64_t row_stride, const float* y) {
+  constexpr int64_t kChunk = 512;
+  float sums[kChunk], bias[kChunk];
+  const int64_t bytes = dtype_bytes(io.dtype);
+  const int64_t tokens = std::min<int64_t>(io.M - m0, int64_t(width) * passes);
+  for (int64_t r = 0; r < rows; r += kChunk) {
+    const int64_t count = std::min(kChunk, rows - r), n = row0 + r;
+    if (io.bias != nullptr) load_floats(isa, io.dtype, static_cast<const char*>(io.bias) + n * bytes, count, bias);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* from = y + (t / width * row_stride + r) * width + t % width;
+      for (int64_t i = 0; i < count; ++i) sums[i] = from[i * width];
+      if (io.bias != nullptr) {
+        for (int64_t i = 0; i < count; ++i) sums[i] += bias[i];
+      }
+      store_floats(isa, io.dtype, sums, count, static_cast<char*>(io.y) + ((m0 + t) * p.N + n) * bytes);
+    }
+  }
+}
+
+// What one thread works on at a time: a few tokens and a range of blocks, all of K.
+struct Pass {
+  const PackedLayout& p;
+  const uint8_t* packed;
+  const CodegemmKernel& kernel;
+  int passes;
+  int64_t block_begin, block_end;
+  const float* x;  // [passes][K padded][width]
+  float* tables;   // [kernel.entries][table_entries][width]
+  float* partial;  // [passes][rows][width]
+  float* y;        // [passes][rows][width]
+
+  int64_t rows() const { return (block_end - block_begin) * kBlockRows; }
+
+  void run() const {
+    std::fill(y, y + passes * rows() * kernel.tokens, 0.0f);
+    for (int64_t g = 0; g < p.G; ++g) {
+      const int64_t entries = p.group_entries(g);
+      for (int64_t e = 0; e < entries; e += p.tile_entries) {
+        const int64_t in_tile = std::min<int64_t>(p.tile_entries, entries - e);
+        for (int64_t s = 0; s < in_tile; s += kernel.entries) {
+          const int count = int(std::min<int64_t>(kernel.entries, in_tile - s));
+          for (int pass = 0; pass < passes; ++pass) add_entries(g, e, in_tile, s, count, pass);
+        }
+      }
+    }
+  }
+
+  // Entries [s, s + count) of the tile that starts at entry e of group g.
+  void add_entries(int64_t g, int64_t e, int64_t in_tile, int64_t s, int count, int pass) const {
+    const int64_t entries = p.group_entries(g), width = kernel.tokens;
+    BuildArgs build{};
+    build.codebooks = reinterpret_cast<const float*>(packed + p.codebook_offset());
+    build.x = x + pass * p.J * p.vec_len * width;
+    build.first_entry = g * p.group_vectors * p.num_codebooks + e + s;
+    build.entries = count;
+    build.num_codebooks = p.num_codebooks, build.vec_len = p.vec_len;
+    build.table_entries = p.table_entries, build.used_entries = 1 << p.codebook_bits;
+    build.tables = tables;
+    kernel.build(build);
+
+    const bool tile_has_scales = e + in_tile == entries;
+    const int64_t codes_bytes = in_tile * kBlockRows * p.code_bytes;
+    const int64_t block_bytes = codes_bytes + (tile_has_scales ? kBlockRows * p.scale_bytes : 0);
+    const uint8_t* tile = packed + p.group_offset(g) + p.blocks * kBlockRows * e * p.code_bytes;
+    GatherArgs gather{};
+    gather.tables = tables;
+    gather.entries = count;
+    gather.table_entries = p.table_entries;
+    gather.used_entries = 1 << p.codebook_bits;
+    gather.code_bytes = p.code_bytes;
+    gather.first = e + s == 0;
+    gather.last = e + s + count == entries;
+    gather.scale_dtype = p.scale_dtype;
+    const int64_t count_bytes = int64_t(count) * kBlockRows * p.code_bytes;
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      const uint8_t* at = tile + block * block_bytes;
+      prefetch(at + s * kBlockRows * p.code_bytes + kPrefetchBlocks * block_bytes, count_bytes);
+      const int64_t row = pass * rows() + (block - block_begin) * kBlockRows;
+      gather.codes = at + s * kBlockRows * p.code_bytes;
+      gather.scales = at + codes_bytes;
+      gather.partial = partial + row * width;
+      gather.y = y + row * width;
+      kernel.gather(gather);
+    }
+  }
+};
+
+}  // namespace
+
+void codegemm(const PackedLayout& p, const void* packed, const Io& io, Isa isa, int64_t block_begin,
+              int64_t block_end) {
+  static thread_local Scratch scratch;
+  const int64_t padded = p.J * p.vec_len;
+  for (int64_t m0 = 0, step = 0; m0 < io.M; m0 += step) {
+    const CodegemmKernel& kernel = choose_kernel(p, isa, io.M - m0);
+    const int width = kernel.tokens;
+    const int passes = int(width > 1 ? 1 : std::min<int64_t>(io.M - m0, kMaxPasses));
+    step = width * passes;
+
+    const int64_t blocks = std::clamp<int64_t>(kSumFloats / (2 * step * kBlockRows), 1, block_end - block_begin);
+    const int64_t sums = step * blocks * kBlockRows;
+    const int64_t table_floats = int64_t(kernel.entries) * p.table_entries * width;
+    float* tables = scratch.at_least(table_floats + 2 * sums + aligned(padded * step) + padded);
+    float* partial = tables + table_floats;
+    float* y = partial + sums;
+    float* x = y + sums;
+    load_x(p, io, isa, m0, width, passes, x + aligned(padded * step), x);
+    for (int64_t block = block_begin; block < block_end; block += blocks) {
+      const int64_t end = std::min(block_end, block + blocks);
+      const Pass pass{p, static_cast<const uint8_t*>(packed), kernel, passes, block, end, x, tables, partial, y};
+      pass.run();
+      const int64_t row0 = block * kBlockRows, row_end = std::min(p.N, end * kBlockRows);
+      store_y(p, io, isa, m0, width, passes, row0, row_end - row0, pass.rows(), y);
+    }
+  }
+}
+
+}  // namespace lutgemm

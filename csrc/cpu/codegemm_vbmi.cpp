@@ -1,0 +1,166 @@
+// CodeGEMM with AVX-512 VBMI for one token: look-ups in registers, exact in fp32.
+//
+// A table of up to 256 fp32 is kept as four planes of bytes. vpermi2b reads 128 of a plane's bytes for 64 codes at
+// once; code bit 7 picks between two of them. Four such results, interleaved by bytes, are 64 fp32 values, whole:
+//
+//   plane b of 64 codes  ->  vpunpck{l,h}bw (0,1), (2,3)  ->  vpunpck{l,h}wd  ->  4 vectors of 16 fp32
+//
+// The order of rows that comes out is row_of_position of codebook.h. 20 shuffles and blends serve 64 look-ups,
+// where loads from L1 would take 64.
+#include "isa.h"
+
+#if LUTGEMM_X86
+#include <immintrin.h>
+
+#include "codebook.h"
+#include "convert.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
+#endif
+
+namespace lutgemm {
+namespace {
+
+// Reads ahead in the stream of codes: far enough for DRAM, near enough to still be in L1 when it is used.
+constexpr int kPrefetchBytes = 4096;
+
+constexpr int kPlaneBytes = 256;
+constexpr int kTableBytes = 4 * kPlaneBytes;
+
+// vpermi2b index: bytes p and p + 1 of the 32 dwords in two vectors, 32 of the one, then 32 of the other.
+struct PickPlanes {
+  alignas(64) uint8_t bytes[64] = {};
+  explicit constexpr PickPlanes(int p) {
+    for (int i = 0; i < 32; ++i) {
+      bytes[i] = uint8_t(4 * i + p);
+      bytes[32 + i] = uint8_t(4 * i + p + 1);
+    }
+  }
+};
+constexpr PickPlanes kPick[2] = {PickPlanes(0), PickPlanes(2)};
+
+// 64 fp32 -> 64 bytes of each of the four planes.
+inline void store_planes(const __m512* values, uint8_t* planes) {
+  __m512i v[4];
+  for (int i = 0; i < 4; ++i) v[i] = _mm512_castps_si512(values[i]);
+  for (const PickPlanes& pick : kPick) {
+    const __m512i index = _mm512_load_si512(pick.bytes);
+    const __m512i low = _mm512_permutex2var_epi8(v[0], index, v[1]);
+    const __m512i high = _mm512_permutex2var_epi8(v[2], index, v[3]);
+    _mm512_storeu_si512(planes, _mm512_shuffle_i64x2(low, high, 0x44));
+    _mm512_storeu_si512(planes + kPlaneBytes, _mm512_shuffle_i64x2(low, high, 0xEE));
+    planes += 2 * kPlaneBytes;
+  }
+}
+
+void build(const BuildArgs& a) {
+  uint8_t* table = static_cast<uint8_t*>(a.tables);
+  for (int e = 0; e < a.entries; ++e, table += kTableBytes) {
+    const int64_t j = (a.first_entry + e) / a.num_codebooks, c = (a.first_entry + e) % a.num_codebooks;
+    const float* codebook = a.codebooks + c * a.vec_len * a.table_entries;
+    const float* x = a.x + j * a.vec_len;
+    for (int i = 0; i < a.used_entries; i += 64) {  // past used_entries the codebook is zeros
+      __m512 sum[4];
+      for (__m512& s : sum) s = _mm512_setzero_ps();
+      for (int d = 0; d < a.vec_len; ++d) {
+        const __m512 xd = _mm512_set1_ps(x[d]);
+        const float* centroids = codebook + d * a.table_entries + i;
+        for (int u = 0; u < 4; ++u) sum[u] = _mm512_fmadd_ps(_mm512_loadu_ps(centroids + 16 * u), xd, sum[u]);
+      }
+      store_planes(sum, table + i);
+    }
+  }
+}
+
+// Bytes of one plane for 64 codes. kVectors = 4 for 8-bit codes, 2 for 7, 1 for 6 and fewer.
+template <int kVectors>
+__m512i look_up(const __m512i* plane, __m512i codes, __mmask64 upper) {
+  if constexpr (kVectors == 1) return _mm512_permutexvar_epi8(codes, plane[0]);
+  const __m512i low = _mm512_permutex2var_epi8(plane[0], codes, plane[1]);
+  if constexpr (kVectors == 2) return low;
+  return _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(plane[2], codes, plane[3]));
+}
+
+__m512 load_scales16(const GatherArgs& a, int row) {
+  if (a.scale_dtype == DType::kFloat32) return _mm512_loadu_ps(static_cast<const float*>(a.scales) + row);
+  const __m256i raw =
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(a.scales) + row));
+  if (a.scale_dtype == DType::kFloat16) return _mm512_cvtph_ps(raw);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+template <int kVectors>
+void gather_block(const GatherArgs& a) {
+  constexpr int kHalves = kBlockRows / 64;
+  __m512 sum[kHalves][4];
+  for (int h = 0; h < kHalves; ++h) {
+    for (int v = 0; v < 4; ++v) {
+      sum[h][v] = a.first ? _mm512_setzero_ps() : _mm512_loadu_ps(a.partial + h * 64 + v * 16);
+    }
+  }
+  const uint8_t* row_codes = a.codes;
+  const uint8_t* table = static_cast<const uint8_t*>(a.tables);
+  for (int e = 0; e < a.entries; ++e, row_codes += kBlockRows, table += kTableBytes) {
+    __m512i codes[kHalves], bytes[kHalves][4];
+    __mmask64 upper[kHalves];
+    for (int h = 0; h < kHalves; ++h) {
+      codes[h] = _mm512_loadu_si512(row_codes + h * 64);
+      upper[h] = _mm512_movepi8_mask(codes[h]);
+      _mm_prefetch(reinterpret_cast<const char*>(row_codes) + h * 64 + kPrefetchBytes, _MM_HINT_T0);
+    }
+    for (int b = 0; b < 4; ++b) {
+      __m512i plane[kVectors];
+      for (int v = 0; v < kVectors; ++v) plane[v] = _mm512_loadu_si512(table + b * kPlaneBytes + v * 64);
+      for (int h = 0; h < kHalves; ++h) bytes[h][b] = look_up<kVectors>(plane, codes[h], upper[h]);
+    }
+    for (int h = 0; h < kHalves; ++h) {
+      const __m512i* b = bytes[h];
+      const __m512i low[2] = {_mm512_unpacklo_epi8(b[0], b[1]), _mm512_unpackhi_epi8(b[0], b[1])};
+      const __m512i high[2] = {_mm512_unpacklo_epi8(b[2], b[3]), _mm512_unpackhi_epi8(b[2], b[3])};
+      for (int v = 0; v < 4; v += 2) {
+        const __m512i even = _mm512_unpacklo_epi16(low[v / 2], high[v / 2]);
+        const __m512i odd = _mm512_unpackhi_epi16(low[v / 2], high[v / 2]);
+        sum[h][v] = _mm512_add_ps(sum[h][v], _mm512_castsi512_ps(even));
+        sum[h][v + 1] = _mm512_add_ps(sum[h][v + 1], _mm512_castsi512_ps(odd));
+      }
+    }
+  }
+  for (int h = 0; h < kHalves; ++h) {
+    for (int v = 0; v < 4; ++v) {
+      const int row = h * 64 + v * 16;
+      if (a.last) {
+        _mm512_storeu_ps(a.y + row, _mm512_fmadd_ps(load_scales16(a, row), sum[h][v], _mm512_loadu_ps(a.y + row)));
+      } else {
+        _mm512_storeu_ps(a.partial + row, sum[h][v]);
+      }
+    }
+  }
+}
+
+void gather(const GatherArgs& a) {
+  if (a.used_entries > 128) {
+    gather_block<4>(a);
+  } else if (a.used_entries > 64) {
+    gather_block<2>(a);
+  } else {
+    gather_block<1>(a);
+  }
+}
+
+}  // namespace
+
+const CodegemmKernel kCodegemmVbmi{1, 16, build, gather};
+
+}  // namespace lutgemm
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

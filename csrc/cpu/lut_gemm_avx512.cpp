@@ -1,0 +1,119 @@
+// LUT-GEMM, AVX-512, one token:
+//
+//   y[64 rows] += sum over groups, planes and table slices of scale * table[slice][nibble of the code word]
+//
+// Registers of one code word position: 8 tables, 4 index vectors (64 rows), and 4 sums for each of up to 4 planes. Each
+// table is loaded once for all those planes. More than 4 planes: the group's words are read again for the rest, from
+// L1.
+#include "isa.h"
+#if LUTGEMM_X86
+#include "lut_avx512.h"
+
+LUTGEMM_TARGET_AVX512_BEGIN
+namespace lutgemm::avx512 {
+namespace {
+
+constexpr int kPlanesAtOnce = 4;
+
+// Codes are consumed in the order in which they lie, so a fixed distance serves planes, groups and row blocks alike.
+constexpr int64_t kPrefetchBytes = 8192;
+
+struct GroupTask {
+  const uint32_t* codes;  // [words][bits][64]
+  int64_t words;
+  int bits, first_plane;
+  const float* tables;  // [words][8][16]
+};
+
+// dot[p][r] of planes first_plane .. first_plane + kPlanes - 1, then t[r] += scale * dot.
+template <int kPlanes>
+inline void add_planes(const GroupTask& task, const GroupScales& scales, __m512 (&t)[kVectors]) {
+  __m512 dot[kPlanes][kVectors];
+  for (auto& plane : dot) {
+    for (auto& sum : plane) sum = _mm512_setzero_ps();
+  }
+  for (int64_t w = 0; w < task.words; ++w) {
+    __m512 table[kSlices];
+#pragma GCC unroll 8
+    for (int s = 0; s < kSlices; ++s) table[s] = _mm512_load_ps(task.tables + (w * kSlices + s) * kLanes);
+    const uint32_t* words = task.codes + (w * task.bits + task.first_plane) * kRowBlock;
+#pragma GCC unroll 4
+    for (int p = 0; p < kPlanes; ++p, words += kRowBlock) {
+      __m512i index[kVectors];
+#pragma GCC unroll 4
+      for (int r = 0; r < kVectors; ++r) {
+        index[r] = load_indices(words, r);
+        _mm_prefetch(reinterpret_cast<const char*>(words + r * kLanes) + kPrefetchBytes, _MM_HINT_T0);
+      }
+#pragma GCC unroll 8
+      for (int s = 0; s < kSlices; ++s) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kVectors; ++r) {
+          dot[p][r] = look_up_add(table[s], index[r], dot[p][r]);
+          if (s + 1 < kSlices) index[r] = _mm512_srli_epi32(index[r], 4);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kPlanes; ++p) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kVectors; ++r) t[r] = scales.add_plane(task.first_plane + p, r, dot[p][r], t[r]);
+  }
+}
+
+void add_planes(const GroupTask& task, int planes, const GroupScales& scales, __m512 (&t)[kVectors]) {
+  switch (planes) {
+    case 1:
+      return add_planes<1>(task, scales, t);
+    case 2:
+      return add_planes<2>(task, scales, t);
+    case 3:
+      return add_planes<3>(task, scales, t);
+    default:
+      return add_planes<4>(task, scales, t);
+  }
+}
+
+// Sign bits that turn x0 .. x3 into +-x0 .. +-x3 of table entry e: bit i of e set means +.
+inline __m512 signs_of_bit(int bit) {
+  const __m512i entry = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 minus = _mm512_testn_epi32_mask(entry, _mm512_set1_epi32(1 << bit));
+  return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(minus, int(0x80000000u)));
+}
+
+}  // namespace
+
+void build_tables(const float* x, int64_t words, float* tables) {
+  const __m512 sign[4] = {signs_of_bit(0), signs_of_bit(1), signs_of_bit(2), signs_of_bit(3)};
+  for (int64_t slice = 0; slice < words * kSlices; ++slice) {
+    __m512 term[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) term[i] = _mm512_xor_ps(_mm512_set1_ps(x[slice * 4 + i]), sign[i]);
+    const __m512 low = _mm512_add_ps(term[0], term[1]), high = _mm512_add_ps(term[2], term[3]);
+    _mm512_store_ps(tables + slice * kLanes, _mm512_add_ps(low, high));
+  }
+}
+
+void lut_gemm_block(const PackedBcq& weight, int64_t row_block, const float* tables, const float* sums, float* y) {
+  __m512 total[kVectors];
+  for (int r = 0; r < kVectors; ++r) total[r] = _mm512_loadu_ps(y + r * kLanes);
+  for (int64_t g = 0; g < weight.G; ++g) {
+    const uint8_t* group = weight.group(row_block, g);
+    const GroupScales scales(weight, group);
+    __m512 t[kVectors];
+    for (int r = 0; r < kVectors; ++r) t[r] = scales.start(r, sums[g]);
+    for (int b = 0; b < weight.bits; b += kPlanesAtOnce) {
+      const int planes = weight.bits - b < kPlanesAtOnce ? weight.bits - b : kPlanesAtOnce;
+      const GroupTask task{weight.codes(group), weight.words_in_group(g), weight.bits, b,
+                           tables + g * weight.words_per_group * kTableFloats};
+      add_planes(task, planes, scales, t);
+    }
+    for (int r = 0; r < kVectors; ++r) total[r] = scales.finish(r, t[r], total[r]);
+  }
+  for (int r = 0; r < kVectors; ++r) _mm512_storeu_ps(y + r * kLanes, total[r]);
+}
+
+}  // namespace lutgemm::avx512
+LUTGEMM_TARGET_END
+#endif

@@ -1,0 +1,215 @@
+"""Quantizing one layer of a checkpoint, its result kept as a small file ("piece") until its shard is put together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, CheckpointError, FormatError
+from ..formats import FORMATS, QuantizedWeight, layout_from_dict
+from ..formats.base import row_slabs
+from ..quantize import quantize, weight_error
+from .atomic import atomic_writer
+from .plan import LayerPlan
+from .reader import CheckpointFolder
+from .safetensors_file import OutputTensor, SafetensorsFile, tensor_bytes, write_safetensors
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer. Errors are sums of squares over the weight, in fp64; `seconds` is wall time."""
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    layout: dict[str, Any]
+    bits_per_weight: float
+    nbytes: int
+    squared_error: float
+    squared_weight: float
+    seconds: float
+
+    @property
+    def num_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def relative_error(self) -> float:
+        """Frobenius norm of the error over that of the weight (0 for a zero weight without error)."""
+        return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise ratio in dB; None when there is no noise or no signal."""
+        if not self.squared_error or not self.squared_weight:
+            return None
+        return 10 * math.log10(self.squared_weight / self.squared_error)
+
+    def to_dict(self) -> dict[str, Any]:
+        extra = {"relative_error": self.relative_error, "sqnr_db": self.sqnr_db}
+        return asdict(self) | {"shape": list(self.shape)} | extra
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> LayerResult:
+        """The result that `to_dict` wrote. Raises `CheckpointError` when it is something else."""
+        try:
+            fields = {name: entry[name] for name in cls.__dataclass_fields__}
+            result = cls(**(fields | {"shape": tuple(entry["shape"])}))
+            layout_from_dict(result.layout, *result.shape)
+            numbers = [result.squared_error, result.squared_weight, result.seconds, result.bits_per_weight]
+            if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
+                raise ValueError("an error, time or size is not a number >= 0")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"record of a layer is damaged: {type(error).__name__}: {error}") from None
+        return result
+
+
+def read_weight(source: CheckpointFolder, layer: LayerPlan) -> Tensor:
+    """The weight [N, K] of `layer` as stored, a transposed view for Conv1D. Raises `CheckpointError` on NaN or Inf."""
+    weight = source.file_of(layer.tensor).read(layer.tensor)
+    check_finite(weight, f"{source.file_of(layer.tensor).path}: tensor {layer.tensor!r}")
+    return weight.T if layer.transposed else weight
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise `CheckpointError` naming `what` and the first NaN or Inf of a floating 1-D or 2-D tensor."""
+    rows = tensor.view(1, -1) if tensor.ndim == 1 else tensor
+    for slab in row_slabs(len(rows), 2 * rows[0].numel() if len(rows) else 1, 8 << 20):
+        bad = ~torch.isfinite(rows[slab])
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            where = [place[0] + slab.start, *place[1:]] if tensor.ndim > 1 else place[1:]
+            raise CheckpointError(
+                f"{what} holds NaN or Inf (first at {where}); the checkpoint is damaged or its training diverged, "
+                "download it again or repair that tensor"
+            )
+
+
+def quantize_layer(source: CheckpointFolder, layer: LayerPlan, device: str) -> tuple[LayerResult, QuantizedWeight]:
+    """Read, quantize and measure one layer. At most the weight, its codes and the quantizer's slabs are in memory."""
+    start = time.perf_counter()
+    weight = read_weight(source, layer)
+    if device != "cpu":
+        weight = weight.to(device)
+    try:
+        record = quantize(weight, layer.config)
+    except (ArgumentError, FormatError) as error:
+        raise CheckpointError(f"tensor {layer.tensor!r}: {error}") from None
+    squared_error, squared_weight = weight_error(weight, record)
+    result = LayerResult(
+        module=layer.module,
+        tensor=layer.tensor,
+        shape=(layer.out_features, layer.in_features),
+        layout=record.layout.to_dict(),
+        bits_per_weight=record.bits_per_weight,
+        nbytes=record.nbytes,
+        squared_error=squared_error,
+        squared_weight=squared_weight,
+        seconds=round(time.perf_counter() - start, 4),
+    )
+    return result, record.to("cpu")
+
+
+def piece_path(folder: Path, layer: LayerPlan) -> Path:
+    """The file that keeps the finished record of `layer`."""
+    return folder / f"{hashlib.sha256(layer.module.encode()).hexdigest()[:24]}.safetensors"
+
+
+def _data_digest(chunks: Iterator[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_piece(path: Path, result: LayerResult, record: QuantizedWeight) -> None:
+    """Keep a finished record, with its result and the sha256 of its tensors."""
+    tensors = {name: tensor.contiguous() for name, tensor in record.state_dict().items()}
+    metadata = {
+        "result": json.dumps(result.to_dict()),
+        "sha256": _data_digest(tensor_bytes(tensors[name]) for name in sorted(tensors)),
+    }
+    with atomic_writer(path) as handle:
+        write_safetensors(handle, [OutputTensor.of(name, tensor) for name, tensor in tensors.items()], metadata)
+
+
+def read_piece(path: Path, layer: LayerPlan) -> LayerResult | None:
+    """The result of a kept record, or None when there is none that is whole and of this layer."""
+    if not path.is_file():
+        return None
+    try:
+        file = SafetensorsFile(path)
+        result = LayerResult.from_dict(json.loads(file.metadata["result"]))
+    except (CheckpointError, KeyError, ValueError, TypeError):
+        return None
+    digest = _data_digest(chunk for name in sorted(file.entries) for chunk in file.chunks(name))
+    same = result.module == layer.module and result.shape == (layer.out_features, layer.in_features)
+    return result if same and digest == file.metadata.get("sha256") else None
+
+
+def piece_outputs(path: Path, module: str) -> list[OutputTensor]:
+    """The tensors of a kept record under the names they have in the checkpoint, read when they are due."""
+    file = SafetensorsFile(path)
+
+    def output(name: str) -> OutputTensor:
+        entry = file.entries[name]
+        return OutputTensor(f"{module}.{name}", entry.dtype, entry.shape, lambda: file.chunks(name))
+
+    return [output(name) for name in sorted(file.entries)]
+
+
+def copied_output(file: SafetensorsFile, tensor: str, name: str) -> OutputTensor:
+    """A tensor of SRC that is copied bit by bit; a parameter with NaN or Inf is refused while it passes."""
+    entry = file.entries[tensor]
+    checked = entry.dtype in ("F64", "F32", "F16", "BF16") and tensor.endswith((".weight", ".bias"))
+
+    def chunks() -> Iterator[memoryview]:
+        for chunk in file.chunks(tensor):
+            if checked:
+                dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+                values = torch.frombuffer(chunk, dtype=dtype[entry.dtype])
+                if not torch.isfinite(values).all():
+                    check_finite(values, f"{file.path}: tensor {tensor!r}")
+            yield chunk
+
+    return OutputTensor(name, entry.dtype, entry.shape, chunks)
+
+
+def load_record(folder: CheckpointFolder, module: str, format_name: str) -> QuantizedWeight:
+    """The record of `module` in a quantized checkpoint, shapes and dtypes checked, values not yet.
+
+    Raises `CheckpointError` when tensors are missing or `FormatError` when they do not form a weight.
+    """
+    state = {}
+    for name in ("header", *RECORD_TENSORS):
+        full = f"{module}.{name}"
+        if full in folder.where:
+            state[name] = folder.file_of(full).read(full)
+    if not state:
+        raise CheckpointError(f"{folder.folder}: no tensors of layer {module!r}; quantize the model again")
+    try:
+        weight_class = FORMATS[format_name]
+        return weight_class(weight_class.layout_from_state(state), state)
+    except FormatError as error:
+        raise FormatError(f"{folder.folder}: layer {module!r}: {error}; quantize or download the model again") from None
+
+
+RECORD_TENSORS = (
+    "codes",
+    "scales",
+    "offsets",
+    "zeros",
+    "ratios",
+    "codebooks",
+    *(f"{name}_{bits}" for bits in range(1, 8) for name in ("scales", "offsets")),
+)
+"""Every tensor that a record of either format may have beside its header."""

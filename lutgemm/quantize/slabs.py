@@ -1,0 +1,155 @@
+"""How a weight is cut into work: argument checks, row slabs in fp32, and groups of equal length.
+
+A weight `[N, K]` is read in slabs of whole rows of at most `SLAB_ELEMENTS` weights (at least one row), and a slab in
+blocks of groups of one length: all full groups, then the shorter last ones. The weight as a whole is never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..formats.base import MAX_FEATURES, dtype_name, row_slabs
+
+SLAB_ELEMENTS = 1 << 18
+"""Weights of one slab. The quantizers need about 100 bytes for each, some 25 MB, whatever the size of the layer;
+slabs of this size stay in the second-level cache for the most part."""
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring groups of one length: columns `start .. stop` of W hold groups `first .. first + count`."""
+
+    start: int
+    stop: int
+    first: int
+    count: int
+
+    @property
+    def length(self) -> int:
+        """Weights per group."""
+        return (self.stop - self.start) // self.count
+
+    @property
+    def groups(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+    def split(self, slab: Tensor) -> Tensor:
+        """fp32 `[rows, K]` -> contiguous `[rows * count, length]`."""
+        return slab[:, self.start : self.stop].reshape(-1, self.length)
+
+
+def column_blocks(in_features: int, group_size: int) -> list[Block]:
+    """The full groups of a row, then the shorter last group, if any."""
+    full, rest = divmod(in_features, group_size)
+    blocks = [Block(0, full * group_size, 0, full)] if full else []
+    if rest:
+        blocks.append(Block(full * group_size, in_features, full, 1))
+    return blocks
+
+
+def slabs(out_features: int, in_features: int) -> Iterator[slice]:
+    """Row slices of at most `SLAB_ELEMENTS` weights each."""
+    return row_slabs(out_features, in_features, SLAB_ELEMENTS)
+
+
+def check_weight(weight: Tensor) -> tuple[int, int]:
+    """(N, K) of a weight that can be quantized. Raises `ArgumentError` naming it; `read` checks values."""
+    if not isinstance(weight, Tensor):
+        raise ArgumentError(f"weight is a {type(weight).__name__}; pass a 2-D floating-point torch tensor [N, K]")
+    if weight.ndim != 2 or not weight.numel():
+        raise ArgumentError(f"weight has shape {list(weight.shape)}; pass a 2-D tensor [N, K] that is not empty")
+    if weight.dtype not in FLOAT_DTYPES:
+        names = [dtype_name(dtype) for dtype in FLOAT_DTYPES]
+        raise ArgumentError(f"weight has dtype {dtype_name(weight.dtype)}; use one of {names}")
+    if weight.is_meta:
+        raise ArgumentError("weight is on the meta device and holds no values; load it first")
+    if max(weight.shape) > MAX_FEATURES:
+        raise ArgumentError(f"weight has shape {list(weight.shape)}; N and K may be at most {MAX_FEATURES}")
+    return weight.shape[0], weight.shape[1]
+
+
+def read(weight: Tensor, rows: slice) -> Tensor:
+    """Rows of the weight in fp32. Raises `ArgumentError` when one is NaN, infinite or beyond fp32."""
+    slab = weight[rows].detach().to(torch.float32)
+    if not torch.isfinite(slab).all():
+        bad = rows.start + int((~torch.isfinite(slab)).any(-1).nonzero()[0])
+        raise ArgumentError(f"weight holds NaN or Inf (first in row {bad}); repair or exclude this layer")
+    return slab
+
+
+def check_hessian(hessian: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The importance of each input, fp32 `[K]` with mean 1, from a `[K]` diagonal or a `[K, K]` Hessian (its diagonal).
+
+    Raises `ArgumentError` unless it is finite and nonnegative. None when there is none, or it is zero everywhere.
+    """
+    if hessian is None:
+        return None
+    k = weight.shape[1]
+    if not isinstance(hessian, Tensor) or tuple(hessian.shape) not in ((k,), (k, k)):
+        shape = list(hessian.shape) if isinstance(hessian, Tensor) else type(hessian).__name__
+        raise ArgumentError(f"hessian is {shape}; pass a tensor of shape [{k}] or [{k}, {k}], or None")
+    diagonal = (hessian if hessian.ndim == 1 else hessian.diagonal()).detach().to(weight.device, torch.float64)
+    if not torch.isfinite(diagonal).all() or (diagonal < 0).any():
+        raise ArgumentError("hessian has a negative, NaN or infinite diagonal entry; it must be finite and nonnegative")
+    largest = diagonal.max()
+    if largest == 0:
+        return None
+    diagonal = diagonal / largest
+    return (diagonal / diagonal.mean()).to(torch.float32)
+
+
+def group_importance(importance: Tensor | None, block: Block, rows: int) -> Tensor | None:
+    """`[K]` -> contiguous `[rows * count, length]` for the groups of a block; a group of zeros counts all alike."""
+    if importance is None:
+        return None
+    own = importance[block.start : block.stop].view(block.count, block.length)
+    own = torch.where((own == 0).all(-1, keepdim=True), torch.ones_like(own), own)
+    return own.repeat(rows, 1)
+
+
+def power_of_two(groups: Tensor) -> Tensor:
+    """`[R, S]` -> `[R]`: a power of two of the size of each group's largest weight, so that dividing by it is exact."""
+    largest = groups.abs().amax(-1)
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), torch.ones_like(largest))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rounding to what `dtype` stores, for groups measured in `unit` `[R]` (powers of two; see `power_of_two`)."""
+
+    dtype: torch.dtype
+    unit: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """values `[..., R]` -> the nearest stored numbers, in the same unit; Inf on overflow."""
+        return self.expand(values).to(torch.float32) / self.unit
+
+    def expand(self, values: Tensor) -> Tensor:
+        """values `[..., R]` -> the stored numbers themselves, in `dtype`."""
+        return (values * self.unit).to(self.dtype)
+
+    def select(self, index: Tensor) -> Stored:
+        return Stored(self.dtype, self.unit[index])
+
+    @property
+    def smallest(self) -> Tensor:
+        """`[R]`: the smallest positive number that is stored (fp16: subnormal; else normal), in the unit."""
+        info = torch.finfo(self.dtype)
+        return info.smallest_normal * (info.eps if self.dtype == torch.float16 else 1.0) / self.unit
+
+
+def check_stored(name: str, tensor: Tensor, scale_dtype: str) -> None:
+    """Raise `ArgumentError` when a number of the result overflowed its dtype."""
+    if not torch.isfinite(tensor).all():
+        raise ArgumentError(
+            f'scale_dtype="{scale_dtype}" overflows: the {name} of a group exceed {torch.finfo(tensor.dtype).max:g}; '
+            'use scale_dtype="float32"'
+        )

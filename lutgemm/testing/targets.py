@@ -1,0 +1,43 @@
+"""What can be run: every registered backend, once for each instruction set that it can be held to."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from ..backends import cpu, registry
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend, and the instruction set that it is held to ("" where it has no such choice)."""
+
+    backend: str
+    isa: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}-{self.isa}" if self.isa else self.backend
+
+    def algorithms(self, op: str) -> tuple[str, ...]:
+        return registry()[self.backend].algorithms[op]
+
+    def active(self) -> AbstractContextManager[None]:
+        """While entered, calls of this backend use this instruction set."""
+        return cpu.use_isa(self.isa) if self.isa else nullcontext()
+
+
+def absent() -> dict[str, str]:
+    """Backend -> why it cannot run here, for each that cannot."""
+    reasons = {name: backend.unavailable() for name, backend in registry().items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def targets() -> list[Target]:
+    """Every target that can run here."""
+    found = []
+    for name in registry().keys() - absent().keys():
+        isas = cpu.available_isas() if name == cpu.BACKEND.name else ("",)
+        found += [Target(name, isa) for isa in isas]
+    order = list(registry())
+    return sorted(found, key=lambda target: order.index(target.backend))

@@ -1,0 +1,185 @@
+"""The one timer: several callables in one run, interleaved, each with its median and spread.
+
+Interleaving defeats drift (clock speed, a busy neighbour): all callables see the same minutes. A callable is given as
+its copies: one copy is *hot* (the same weights again, cached if they fit), enough copies to exceed the last-level cache
+(`cold_copies`) are *cold* (weights come from memory, as in a model of many layers). Each visit to a callable starts with
+a call that is not counted, so that what the others left in the caches and in the branch predictors is not measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import ArgumentError
+
+Call = Callable[[], object]
+
+VISIT_SECONDS = 0.002
+"""One visit to a callable lasts at least this long (and two counted calls): many visits of each fit in a second."""
+DEFAULT_CACHE = 32 << 20
+"""Assumed last-level cache where the system does not tell."""
+COLD_CACHES = 4
+"""Cold copies together exceed the last-level cache by this factor, so that no part of one survives a round."""
+MAX_COLD_BYTES = 200 << 20
+GRAPH_SECONDS = 0.005
+"""CUDA: one graph replay lasts about this long, which hides its launch."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: median, 10th and 90th percentile, and how many calls (or graph replays) were measured."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Statistics of at least one measured time."""
+        if not seconds:
+            raise ArgumentError("Timing.of: got no samples, needs at least one")
+        ordered = sorted(seconds)
+        p10, p90 = (ordered[round(q * (len(ordered) - 1))] for q in (0.1, 0.9))
+        return cls(1e6 * statistics.median(ordered), 1e6 * p10, 1e6 * p90, len(ordered))
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[int]:
+    """Hold torch's pool to `count` threads (None: leave it) and restore it afterwards. Yields the number in force."""
+    before = torch.get_num_threads()
+    if count is not None and count < 1:
+        raise ArgumentError(f"threads={count} is not supported; use 1 or more")
+    torch.set_num_threads(count or before)
+    try:
+        yield count or before
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cache_bytes(text: str) -> int:
+    """`"32768K"` -> bytes, as Linux writes the size of a cache."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+def cpu_caches() -> dict[str, int]:
+    """Bytes of the first core's caches: `{"L1d": ..., "L2": ..., "L3": ...}`, empty where the system does not tell."""
+    found: dict[str, int] = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        if kind != "Instruction":
+            found[f"L{level}d" if level == "1" else f"L{level}"] = _cache_bytes(size)
+    return found
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache, or `DEFAULT_CACHE`."""
+    return max(cpu_caches().values(), default=DEFAULT_CACHE)
+
+
+def cold_copies(nbytes: int, total: int | None = None) -> int:
+    """Copies of `nbytes` each that together exceed `total` bytes (default: `COLD_CACHES` caches, at most 200 MB)."""
+    wanted = min(COLD_CACHES * last_level_cache(), MAX_COLD_BYTES) if total is None else total
+    return max(2, -(-wanted // max(1, nbytes)) + 1)
+
+
+@contextmanager
+def _quiet_gc() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _visit(copies: Sequence[Call], position: int, samples: list[float], deadline: float) -> int:
+    """Call the copies in turn from `position`: once uncounted, then counted ones. Returns the next position."""
+    copies[position % len(copies)]()
+    position += 1
+    start = time.perf_counter()
+    counted = 0
+    while True:
+        before = time.perf_counter()
+        copies[position % len(copies)]()
+        after = time.perf_counter()
+        samples.append(after - before)
+        position += 1
+        counted += 1
+        if after > deadline or (counted >= 2 and after - start >= VISIT_SECONDS):
+            return position
+
+
+def time_interleaved(calls: Mapping[str, Sequence[Call]], seconds: float = 1.0) -> dict[str, Timing]:
+    """Time every callable (name -> its copies) for about `seconds` in all, in turns; at least one sample of each.
+
+    Every copy is called once before, so that its memory is touched and its kernel layout built.
+    """
+    if not calls or not all(calls.values()):
+        raise ArgumentError(f"time_interleaved: got {list(calls)}, each needs at least one copy to call")
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    position = dict.fromkeys(calls, 0)
+    for copies in calls.values():
+        for call in copies:
+            call()
+    with _quiet_gc():
+        deadline = time.perf_counter() + seconds
+        while True:
+            for name, copies in calls.items():
+                position[name] = _visit(copies, position[name], samples[name], deadline)
+            if time.perf_counter() >= deadline:
+                return {name: Timing.of(found) for name, found in samples.items()}
+
+
+def time_interleaved_cuda(calls: Mapping[str, Sequence[Call]], seconds: float = 1.0) -> dict[str, Timing]:
+    """As `time_interleaved`, for calls that only launch work on the current CUDA device.
+
+    Each callable becomes one CUDA graph of whole rounds over its copies; a sample is one replay between two events,
+    divided by its calls. Not exercised on a machine without a GPU.
+    """
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    for name, copies in calls.items():
+        for call in copies:
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in copies:
+            call()
+        torch.cuda.synchronize()
+        rounds = max(1, round(GRAPH_SECONDS / max(1e-6, time.perf_counter() - start)))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
+                for call in copies:
+                    call()
+        graphs[name] = graph, rounds * len(copies)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    deadline = time.perf_counter() + seconds
+    while True:
+        for name, (graph, count) in graphs.items():
+            graph.replay()
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(begin.elapsed_time(end) / 1e3 / count)
+        if time.perf_counter() >= deadline:
+            return {name: Timing.of(found) for name, found in samples.items()}

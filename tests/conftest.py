@@ -1,0 +1,86 @@
+"""Options `--require` and `--backend`, and the `run` fixture: every case x every backend, ISA, algorithm."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from lutgemm.backends import registry
+from lutgemm.ops import linear
+from lutgemm.testing.cases import CASES, Inputs, OpCase
+from lutgemm.testing.targets import Target, absent, targets
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require", default="", help="comma-separated backends whose absence fails instead of skipping")
+    parser.addoption("--backend", default="", help="comma-separated backends: kernel tests of these only")
+
+
+def backend_names(config: pytest.Config, option: str) -> list[str]:
+    return [name for name in config.getoption(option).split(",") if name]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cases(list): the OpCases that the `run` fixture iterates (default: all)")
+    for option in ("--require", "--backend"):
+        for name in backend_names(config, option):
+            if name not in registry():
+                raise pytest.UsageError(f"{option}: backend {name!r} is unknown; use some of {list(registry())}")
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Stands for all runs of a backend that is not available."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class KernelRun:
+    """One algorithm of one target on one case."""
+
+    target: Target
+    algorithm: str
+    case: OpCase
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        return linear(inputs.x, inputs.weight, inputs.bias, backend=self.target.backend, algorithm=self.algorithm)
+
+    def __str__(self) -> str:
+        return f"{self.target.name}-{self.algorithm}-{self.case.name}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "run" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("cases")
+    cases = marker.args[0] if marker else [case for make in CASES.values() for case in make()]
+    wanted = backend_names(metafunc.config, "--backend") or list(registry())
+    required = backend_names(metafunc.config, "--require")
+    params = []
+    for target in targets():
+        if target.backend in wanted:
+            runs = [KernelRun(target, name, case) for case in cases for name in target.algorithms(case.op)]
+            params += [pytest.param(run, id=str(run)) for run in runs]
+    for name, reason in absent().items():
+        if name in wanted:
+            marks = () if name in required else pytest.mark.skip(reason=f"backend {name}: {reason}")
+            params.append(pytest.param(Absent(name, reason), id=f"{name}-unavailable", marks=marks))
+    metafunc.parametrize("run", params, indirect=True)
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> Iterator[KernelRun]:
+    """The run, its instruction set in force, and every new tensor filled with NaN so that an unwritten result shows."""
+    if isinstance(request.param, Absent):
+        pytest.fail(f"--require {request.param.backend}: {request.param.reason}")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with request.param.target.active():
+            yield request.param
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
