@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import setuptools
 from setuptools import Command, Distribution, setup
 from setuptools.command.build import build
 from setuptools.errors import CompileError
@@ -93,7 +94,7 @@ def find_torch() -> tuple[Torch | None, str | None]:
             return None, f"torch {version[1]} in {folder} has no C++ headers"
         return Torch(folder / "torch", version[1]), None
     where = sysconfig.get_path("purelib")
-    return None, f"torch was not installed in {where} when lutgemm was built; install torch, then lutgemm again"
+    return None, f"torch was not in {where} at build time; install torch, then this package with --no-build-isolation"
 
 
 def find_compiler() -> tuple[list[str] | None, str | None]:
@@ -329,5 +330,10 @@ COMPILER, NO_COMPILER = find_compiler()
 TORCH, NO_TORCH = find_torch()
 PARTS = plan(COMPILER, NO_COMPILER, TORCH, NO_TORCH)
 
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(
+        f"lutgemm is built by setuptools 77 or later, and this is {setuptools.__version__}: "
+        "pip install --upgrade setuptools, or install without --no-build-isolation"
+    )
 if __name__ == "__main__":
     setup(distclass=LutgemmDistribution, cmdclass={"build": Build, "build_ext": BuildParts})

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..errors import ArgumentError
-from ..testing.timing import cold_copies
+from lutgemm.errors import ArgumentError
+from lutgemm.testing.timing import cold_copies
 
 Copies = list[Callable[[], object]]
 INT4_GROUP = 128
@@ -26,7 +26,7 @@ def _count(nbytes: int, cold: bool) -> int:
 
 def _dense(x: Tensor, n: int, cold: bool, dtype: torch.dtype) -> Copies:
     k = x.shape[1]
-    activations, weight = x.to(dtype), torch.randn(n, k).to(dtype)
+    activations, weight = x.to(dtype), torch.randn(n, k, device=x.device).to(dtype)
     copies = _count(weight.nbytes, cold)
     return [partial(linear, activations, w) for w in (weight, *(weight.clone() for _ in range(copies - 1)))]
 

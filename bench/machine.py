@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__, _native
-from ..testing.timing import cpu_caches, last_level_cache
+from lutgemm import __version__, _native
+from lutgemm.testing.timing import cpu_caches, last_level_cache
 
 BANDWIDTH_REPEATS = 5
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..errors import ArgumentError
-from ..testing.cases import OpCase
+from lutgemm.errors import ArgumentError
+from lutgemm.testing.cases import OpCase
 
 Shape = tuple[int, int]
 """(N, K): out_features, in_features."""

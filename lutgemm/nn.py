@@ -107,9 +107,9 @@ class QuantizedLinear(nn.Module):
         return self.weight_record.dequantize(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias
-        if torch.is_autocast_enabled(x.device.type) and x.dtype in ops.ACTIVATION_DTYPES:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        bias, device = self.bias, x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in ops.ACTIVATION_DTYPES:
+            dtype = torch.get_autocast_dtype(device)
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return ops.linear(x, self.weight_record, bias)

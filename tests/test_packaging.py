@@ -98,21 +98,22 @@ def build_info(wheel: Path) -> dict[str, object]:
     return info
 
 
-def pure_files() -> set[str]:
-    """Every file that the package must have without compiled parts."""
+def pure_files(tree: Path) -> set[str]:
+    """Every file that a wheel of `tree` must hold when nothing is compiled."""
     ours = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "lutgemm").rglob("*")
-        if path.is_file() and path.suffix not in (".so", ".pyc", ".partial") and path.name != "_build_info.json"
+        path.relative_to(tree).as_posix()
+        for path in (tree / "lutgemm").rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc") and path.name != "_build_info.json"
     }
-    bench = {f"lutgemm/bench/{path.relative_to(ROOT / 'bench').as_posix()}" for path in (ROOT / "bench").rglob("*.py")}
+    bench = {f"lutgemm/bench/{path.relative_to(tree / 'bench').as_posix()}" for path in (tree / "bench").rglob("*.py")}
     return ours | bench | {"lutgemm/_build_info.json"}
 
 
 @needs_sources
 def test_pure_wheel_holds_the_package_and_nothing_stale(tmp_path: Path) -> None:
-    wheel = backend_hook(make_tree(tmp_path), "build_wheel", LUTGEMM_BUILD="none")
-    assert wheel_files(wheel) == pure_files()
+    tree = make_tree(tmp_path)
+    wheel = backend_hook(tree, "build_wheel", LUTGEMM_BUILD="none")
+    assert wheel_files(wheel) == pure_files(tree)
     assert wheel.name.endswith("-py3-none-any.whl")
     info = build_info(wheel)
     assert info["built"] == []
@@ -125,7 +126,7 @@ def test_pure_wheel_holds_the_package_and_nothing_stale(tmp_path: Path) -> None:
 def test_compiled_wheel_and_build_in_place(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     wheel = backend_hook(tree, "build_wheel", LUTGEMM_BUILD="cpu")
-    assert wheel_files(wheel) == pure_files() | {"lutgemm/_C.so", f"lutgemm/{HOST}"}
+    assert wheel_files(wheel) == pure_files(tree) | {"lutgemm/_C.so", f"lutgemm/{HOST}"}
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}" in wheel.name
     info = build_info(wheel)
@@ -166,7 +167,7 @@ def test_without_compiler_the_package_installs_and_says_why(tmp_path: Path) -> N
     tree = make_tree(tmp_path / "tree")
     (tmp_path / "empty").mkdir()
     wheel = backend_hook(tree, "build_wheel", PATH=str(tmp_path / "empty"))
-    assert wheel_files(wheel) == pure_files()
+    assert wheel_files(wheel) == pure_files(tree)
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
@@ -238,7 +239,7 @@ def test_sdist_builds_the_same_wheel(tmp_path: Path) -> None:
     assert {"csrc/bind_cpu.cpp", "csrc/cpu/empty.cpp", "csrc/host_module.cpp", "setup.py", "LICENSE"} <= packed
     assert not [name for name in packed if name.endswith((".so", "_build_info.json")) or name.startswith("build/")]
     wheel = backend_hook(unpacked, "build_wheel", LUTGEMM_BUILD="none")
-    assert wheel_files(wheel) == pure_files()
+    assert wheel_files(wheel) == pure_files(tree)
 
 
 @needs_sources

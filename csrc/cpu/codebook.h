@@ -90,7 +90,8 @@ struct BuildArgs {
 
 // Adds the looked-up values of `entries` entries of one block to the partial sums of its rows.
 struct GatherArgs {
-  const uint8_t* codes;  // [entries][kBlockRows] of code_bytes
+  const uint8_t* codes;       // [entries][kBlockRows] of code_bytes
+  const uint8_t* next_codes;  // the same of a later block: a hint to prefetch, may lie beyond the pack
   const void* tables;
   int entries;
   int table_entries;

@@ -44,10 +44,6 @@ class Scratch {
 // Codes are asked for this many blocks before their turn: far enough for DRAM, near enough to stay in L1.
 constexpr int64_t kPrefetchBlocks = 2;
 
-void prefetch(const uint8_t* codes, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i);
-}
-
 int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // The kernel for `tokens` more tokens; it may take fewer, or (the rest zero) up to the next of its widths.
@@ -154,12 +150,11 @@ struct Pass {
     gather.first = e + s == 0;
     gather.last = e + s + count == entries;
     gather.scale_dtype = p.scale_dtype;
-    const int64_t count_bytes = int64_t(count) * kBlockRows * p.code_bytes;
     for (int64_t block = block_begin; block < block_end; ++block) {
       const uint8_t* at = tile + block * block_bytes;
-      prefetch(at + s * kBlockRows * p.code_bytes + kPrefetchBlocks * block_bytes, count_bytes);
       const int64_t row = pass * rows() + (block - block_begin) * kBlockRows;
       gather.codes = at + s * kBlockRows * p.code_bytes;
+      gather.next_codes = gather.codes + kPrefetchBlocks * block_bytes;
       gather.scales = at + codes_bytes;
       gather.partial = partial + row * width;
       gather.y = y + row * width;

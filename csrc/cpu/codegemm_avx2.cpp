@@ -65,24 +65,25 @@ __m128 load_scales4(const GatherArgs& a, int row) {
 template <class Code>
 void gather_one_of(const GatherArgs& a) {
   const size_t mask = size_t(a.table_entries - 1);
+  prefetch_next(a);
   for (int position = 0; position < kBlockRows; position += 8) {
     const int rows[2] = {row_of_position(position), row_of_position(position + 4)};
-    __m128 sum[8];
-    for (int u = 0; u < 8; ++u) sum[u] = a.first ? _mm_setzero_ps() : _mm_load_ss(a.partial + rows[u / 4] + u % 4);
+    float sum[8];
+    for (int u = 0; u < 8; ++u) sum[u] = a.first ? 0.0f : a.partial[rows[u / 4] + u % 4];
     const uint8_t* codes = a.codes + position * sizeof(Code);
     const float* table = static_cast<const float*>(a.tables);
     for (int e = 0; e < a.entries; ++e) {
       const Codes8<Code> index(codes);
       for (int u = 0; u < 8; ++u) {
         const size_t i = sizeof(Code) == 1 ? index[u] : index[u] & mask;
-        sum[u] = _mm_add_ss(sum[u], _mm_load_ss(table + i));
+        sum[u] += table[i];
       }
       codes += kBlockRows * sizeof(Code);
       table += a.table_entries;
     }
     for (int h = 0; h < 2; ++h) {
-      const __m128* s = sum + 4 * h;
-      const __m128 four = _mm_movelh_ps(_mm_unpacklo_ps(s[0], s[1]), _mm_unpacklo_ps(s[2], s[3]));
+      const float* s = sum + 4 * h;
+      const __m128 four = _mm_setr_ps(s[0], s[1], s[2], s[3]);
       if (a.last) {
         float* y = a.y + rows[h];
         _mm_storeu_ps(y, _mm_fmadd_ps(load_scales4(a, rows[h]), four, _mm_loadu_ps(y)));

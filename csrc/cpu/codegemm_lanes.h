@@ -40,6 +40,10 @@ void build_lanes(const BuildArgs& a) {
   }
 }
 
+void prefetch_next(const GatherArgs& a) {
+  for (int i = 0; i < a.entries * kBlockRows * a.code_bytes; i += 64) __builtin_prefetch(a.next_codes + i);
+}
+
 // Index u of the 8 codes that start at `codes`.
 template <class Code>
 struct Codes8 {
@@ -55,6 +59,7 @@ struct Codes8 {
 template <class Lanes, class Code>
 void gather_lanes_of(const GatherArgs& a) {
   const size_t mask = size_t(a.table_entries - 1);
+  prefetch_next(a);
   for (int position = 0; position < kBlockRows; position += 8) {
     const int rows[2] = {row_of_position(position), row_of_position(position + 4)};
     typename Lanes::type sum[8];

@@ -1,25 +1,204 @@
-"""The CPU backend: C++ SIMD kernels of `csrc/cpu` behind the ops."""
+"""The CPU backend: the C++ kernels of `csrc/cpu` behind the ops.
+
+Kernels exist for several instruction sets; the best one that the CPU has is taken at run time. `LUTGEMM_CPU_ISA` holds
+every call to another one, `use_isa` the calls of a block.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from .. import _native
-from . import Backend
+from ..errors import ArgumentError
+from ..formats import BCQWeight, CodebookWeight, QuantizedWeight
+from . import Backend, Problem, Reason
+from .heuristics import choose_on_cpu
+
+ISAS = ("scalar", "avx2", "avx512")
+"""By the number that kernels know them by; each includes the ones before it. avx2: with FMA and F16C. avx512: F, BW, DQ
+and VL."""
+
+ISA_VARIABLE = "LUTGEMM_CPU_ISA"
+
+PANEL_BYTES = 32 << 20
+"""Most bytes of dequantized weight at a time: bounds the memory of `dequantize` whatever the layer."""
+
+_forced_isa: ContextVar[int | None] = ContextVar("lutgemm_cpu_isa", default=None)
 
 
-def _absent(*_: object) -> Tensor:
-    raise RuntimeError("the CPU backend is not available")
+@lru_cache(maxsize=1)
+def _best_isa() -> int:
+    return int(torch.ops.lutgemm._cpu_isa())
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this CPU runs and this installation has kernels for; () without compiled kernels."""
+    return () if _native.load_ops("_C") else ISAS[: _best_isa() + 1]
+
+
+@lru_cache(maxsize=1)
+def _environment_isa() -> tuple[int, Reason | None]:
+    """(the instruction set for calls outside `use_isa`, None), or (0, why `LUTGEMM_CPU_ISA` cannot be obeyed)."""
+    name = os.environ.get(ISA_VARIABLE, "")
+    if not name:
+        return _best_isa(), None
+    if name not in ISAS:
+        return 0, f"{ISA_VARIABLE}={name!r} is unknown; use one of {list(ISAS)} or unset it"
+    if name not in available_isas():
+        return 0, f"{ISA_VARIABLE}={name!r}, but this CPU has {list(available_isas())}; use one of these or unset it"
+    return ISAS.index(name), None
+
+
+def _isa() -> int:
+    forced = _forced_isa.get()
+    return _environment_isa()[0] if forced is None else forced
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Hold the CPU calls of this block (and thread) to one of `available_isas()`; `ArgumentError` for another name."""
+    if name not in available_isas():
+        raise ArgumentError(f"isa={name!r} is not available; this CPU and installation have {list(available_isas())}")
+    token = _forced_isa.set(ISAS.index(name))
+    try:
+        yield
+    finally:
+        _forced_isa.reset(token)
+
+
+def _unavailable() -> Reason | None:
+    return _native.load_ops("_C") or _environment_isa()[1]
+
+
+def _unsupported(problem: Problem, algorithm: str) -> Reason | None:
+    return None
+
+
+def _bcq_tensors(
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    zeros: Tensor | None,
+    ratios: Tensor | None,
+    in_features: int,
+    group_size: int,
+    scale_kind: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, bool]:
+    """The arguments that describe a weight to the C++ operators: contiguous, the ratio kind in its free form (fp32)."""
+    if ratios is not None:
+        scales = scales.to(torch.float32) * ratios[:, None, None]
+        offsets = None if offsets is None else offsets.to(torch.float32)
+    return (
+        codes.contiguous(),
+        scales.contiguous(),
+        None if offsets is None else offsets.contiguous(),
+        None if zeros is None else zeros.contiguous(),
+        in_features,
+        group_size,
+        scale_kind == "uniform",
+    )
+
+
+def _prepare(weight: QuantizedWeight) -> Tensor | None:
+    if isinstance(weight, BCQWeight):
+        record = _bcq_tensors(
+            weight.codes,
+            weight.scales,
+            weight.offsets,
+            weight.zeros,
+            weight.ratios,
+            weight.shape[1],
+            weight.group_size,
+            weight.scale_kind,
+        )
+        return torch.ops.lutgemm._bcq_pack_cpu(*record)
+    assert isinstance(weight, CodebookWeight)
+    tensors = (weight.codes.contiguous(), weight.codebooks.contiguous(), weight.scales.contiguous())
+    return torch.ops.lutgemm._codebook_pack_cpu(*tensors, weight.shape[1], weight.group_size)
+
+
+def _dequantized_linear(x: Tensor, out_features: int, bias: Tensor | None, rows: Callable[..., Tensor]) -> Tensor:
+    """x `[M, K]` times a weight made panel by panel. rows(begin, end, dtype name) returns W[begin:end].
+
+    fp16 is multiplied in fp32, which torch does several times faster on a CPU, and rounded once.
+    """
+    wide = x.dtype == torch.float16
+    inner, inner_bias = (x.float(), None if bias is None else bias.float()) if wide else (x, bias)
+    dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float32"
+    panel = max(1, PANEL_BYTES // (x.shape[1] * inner.element_size()))
+    y = x.new_empty(x.shape[0], out_features)
+    for begin in range(0, out_features, panel):
+        end = min(out_features, begin + panel)
+        panel_bias = None if inner_bias is None else inner_bias[begin:end]
+        y[:, begin:end] = torch.nn.functional.linear(inner, rows(begin, end, dtype), panel_bias)
+    return y
+
+
+def _bcq_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    zeros: Tensor | None,
+    ratios: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    group_size: int,
+    scale_kind: str,
+    algorithm: str,
+) -> Tensor:
+    x, isa, out_features = x.contiguous(), _isa(), codes.shape[1]
+    bias = None if bias is None else bias.contiguous()
+    if packed is None or algorithm == "dequantize":
+        record = _bcq_tensors(codes, scales, offsets, zeros, ratios, x.shape[1], group_size, scale_kind)
+    if algorithm == "dequantize":
+
+        def rows(begin: int, end: int, dtype: str) -> Tensor:
+            return torch.ops.lutgemm._bcq_dequantize_cpu(*record, begin, end, dtype, isa)
+
+        return _dequantized_linear(x, out_features, bias, rows)
+    if packed is None:
+        packed = torch.ops.lutgemm._bcq_pack_cpu(*record)
+    return torch.ops.lutgemm._bcq_linear_cpu(x, packed, bias, out_features, algorithm, isa)
+
+
+def _codebook_linear(
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    group_size: int,
+    algorithm: str,
+) -> Tensor:
+    x, isa = x.contiguous(), _isa()
+    bias = None if bias is None else bias.contiguous()
+    record = (codes.contiguous(), codebooks.contiguous(), scales.contiguous())
+    if algorithm == "dequantize":
+
+        def rows(begin: int, end: int, dtype: str) -> Tensor:
+            return torch.ops.lutgemm._codebook_dequantize_cpu(*record, x.shape[1], group_size, begin, end, dtype, isa)
+
+        return _dequantized_linear(x, codes.shape[1], bias, rows)
+    return torch.ops.lutgemm._codebook_linear_cpu(x, *record, bias, packed, group_size, isa)
 
 
 BACKEND = Backend(
     name="cpu",
     device_types=("cpu",),
     algorithms={"bcq_linear": ("lut_gemm", "biqgemm", "dequantize"), "codebook_linear": ("codegemm", "dequantize")},
-    unavailable=lambda: _native.load_ops("_C") or "kernels are being written",
-    unsupported=lambda problem, algorithm: None,
-    choose=lambda problem: "dequantize",
-    prepare=lambda weight: None,
-    bcq_linear=_absent,
-    codebook_linear=_absent,
+    unavailable=_unavailable,
+    unsupported=_unsupported,
+    choose=choose_on_cpu,
+    prepare=_prepare,
+    bcq_linear=_bcq_linear,
+    codebook_linear=_codebook_linear,
 )

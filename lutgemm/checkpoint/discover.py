@@ -98,7 +98,10 @@ def discover(config: Mapping[str, Any], shapes: Shapes) -> ModelMap:
 
 def _meta_model(config: Mapping[str, Any], config_class: Any) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         parsed = config_class.from_dict(dict(config))
         with torch.device("meta"):
@@ -109,6 +112,8 @@ def _meta_model(config: Mapping[str, Any], config_class: Any) -> Any:
             f"config.json: transformers cannot build a {config_class.model_type!r} model from it: {first[:300]}; "
             "the configuration is damaged, download it again"
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _from_model(model: Any, shapes: Shapes) -> ModelMap:

@@ -35,8 +35,12 @@ def _sample_seconds(source: CheckpointFolder, layer: LayerPlan, device: str) -> 
 
 
 def _resident_bytes() -> int:
-    """Peak RSS of this process so far; Linux counts it in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak RSS of this process so far: `VmHWM`, because `ru_maxrss` starts with that of the parent process."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def dry_run(src: str | Path, options: Options) -> dict[str, Any]:

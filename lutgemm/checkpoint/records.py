@@ -24,6 +24,10 @@ from .reader import CheckpointFolder
 from .safetensors_file import OutputTensor, SafetensorsFile, tensor_bytes, write_safetensors
 
 
+FINITE_SLAB = 1 << 19
+"""Weights that are checked for NaN and Inf at a time; the check needs a few bytes for each."""
+
+
 @dataclass(frozen=True)
 class LayerResult:
     """What became of one layer. Errors are sums of squares over the weight, in fp64; `seconds` is wall time."""
@@ -83,7 +87,7 @@ def read_weight(source: CheckpointFolder, layer: LayerPlan) -> Tensor:
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raise `CheckpointError` naming `what` and the first NaN or Inf of a floating 1-D or 2-D tensor."""
     rows = tensor.view(1, -1) if tensor.ndim == 1 else tensor
-    for slab in row_slabs(len(rows), 2 * rows[0].numel() if len(rows) else 1, 8 << 20):
+    for slab in row_slabs(len(rows), rows.shape[-1], FINITE_SLAB):
         bad = ~torch.isfinite(rows[slab])
         if bad.any():
             place = bad.nonzero()[0].tolist()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, LutgemmError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,6 +72,8 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[A
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype] or "auto")
             model = model.to(device=target)
+    except LutgemmError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"cannot load {source}: {reason}") from error

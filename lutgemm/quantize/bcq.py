@@ -29,7 +29,7 @@ from .uniform import best_grid, clip_search, rtn_grid
 GRID_METHODS = ("best", "rtn", "rtn_clip")
 """Methods that an integer grid has."""
 
-SAMPLE_ELEMENTS = 1 << 18
+SAMPLE_ELEMENTS = 1 << 17
 """Weights that `scale_kind="auto"` is decided on."""
 
 

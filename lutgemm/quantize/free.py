@@ -52,33 +52,45 @@ def _rtn(groups: Tensor, bits: int, offsets: bool, stored: Stored) -> tuple[Tens
 
 
 def _clipped(groups: Tensor, importance: Tensor | None, bits: int, offsets: bool) -> Tensor:
-    """Evenly spaced levels over the range shrunk by the best of `CLIPS` (squared error); not rounded."""
+    """Evenly spaced levels over the range shrunk by the best of `CLIPS` (squared error); not rounded.
+
+    With offsets each range is also tried shifted so that 0 is a level, which pays where most weights are small.
+    """
     low, high = groups.amin(-1), groups.amax(-1)
     if not offsets:
         high = torch.maximum(high.abs(), low.abs())
         low = -high
-    best, best_error = torch.ones_like(low), torch.full_like(low, torch.inf)
+    best_base, best_step = torch.zeros_like(low), torch.zeros_like(low)
+    best_error = torch.full_like(low, torch.inf)
     for clip in CLIPS:
         step = (high - low) * clip / (2**bits - 1)
-        divisor = torch.where(step == 0, torch.ones_like(step), step)[:, None]
-        base = (low * clip)[:, None]
-        q = ((groups - base) / divisor).round_().clamp_(0, 2**bits - 1)
-        error = squared_error(groups - base - q * step[:, None], importance)
-        better = error < best_error * GAIN
-        best = torch.where(better, clip, best)
-        best_error = torch.where(better, error, best_error)
-    step = (high - low) * best / (2**bits - 1)
-    offset = (low + high) * best / 2 if offsets else torch.zeros_like(low)
-    return torch.stack([*_plane_scales(step, bits), offset])
+        divisor = torch.where(step == 0, torch.ones_like(step), step)
+        bases = (low * clip, (low * clip / divisor).round() * step) if offsets else (low * clip,)
+        for base in bases:
+            q = ((groups - base[:, None]) / divisor[:, None]).round_().clamp_(0, 2**bits - 1)
+            error = squared_error(groups - base[:, None] - q * step[:, None], importance)
+            better = error < best_error * GAIN
+            best_base, best_step = torch.where(better, base, best_base), torch.where(better, step, best_step)
+            best_error = torch.where(better, error, best_error)
+    offset = best_base + best_step * ((2**bits - 1) / 2) if offsets else torch.zeros_like(low)
+    return torch.stack([*_plane_scales(best_step, bits), offset])
 
 
 def _best(groups: Tensor, importance: Tensor | None, bits: int, offsets: bool, iters: int, stored: Stored) -> Tensor:
-    """Alternating from the clipped levels (the unclipped included); where round-to-nearest is as good, that."""
+    """Alternating from the clipped levels and from refined greedy; where round-to-nearest is as good, that.
+
+    Even levels are the better start for bell-shaped groups, greedy ones for groups with far outliers.
+    """
     data = SortedGroups(groups, importance)
-    baseline, _ = _rtn(groups, bits, offsets, stored)
-    _, _, baseline_error = data.nearest(level_table(baseline))
-    coeffs, error = alternate(data, _clipped(groups, importance, bits, offsets), offsets, iters, stored)
-    return torch.where(error < baseline_error * GAIN, coeffs, baseline)
+    best, _ = _rtn(groups, bits, offsets, stored)
+    _, _, best_error = data.nearest(level_table(best))
+    overflow = ~torch.isfinite(best).all(0)
+    greedy, _ = _greedy(groups, importance, bits, offsets, stored, refine=True)
+    for start in (_clipped(groups, importance, bits, offsets), greedy):
+        coeffs, error = alternate(data, start, offsets, iters, stored)
+        better = (error < best_error * GAIN) & ~overflow
+        best, best_error = torch.where(better, coeffs, best), torch.where(better, error, best_error)
+    return best
 
 
 def _greedy(

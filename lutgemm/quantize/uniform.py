@@ -134,5 +134,5 @@ def best_grid(groups: Tensor, importance: Tensor | None, bits: int, stored: Stor
         q = Grid(own.grid.scale, zero).codes(groups, bits)
         for _ in range(2):
             q, _ = own.offer(_rescale(groups, importance, q, zero, stored))
-    best.offer(Grid(own.grid.scale * sign, own.grid.zero))
+    best.offer(Grid(own.grid.scale * sign, own.grid.zero), torch.isfinite(best.grid.scale))
     return best.grid
