@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lutgemm import __version__, _native
-from lutgemm.testing.timing import cpu_caches, last_level_cache
+from lutgemm.testing.hardware import cpu_caches, cpu_name, last_level_cache, usable_cores
 
-BANDWIDTH_REPEATS = 5
-
-
-def cpu_brand() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+BANDWIDTH_REPEATS = 15
+MIN_BANDWIDTH_BYTES = 128 << 20
 
 
 def _git(*arguments: str) -> str | None:
@@ -54,20 +39,12 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
-def version_of(package: str) -> str | None:
-    """Installed version of `package`, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def header(command: list[str] | None = None) -> dict[str, Any]:
     """Machine, versions, commit, date and command of a run, as JSON values."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(command if command is not None else ["lutgemm", *sys.argv[1:]]),
-        "cpu": cpu_brand(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "caches": cpu_caches(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -84,17 +61,15 @@ def read_bandwidth(threads: int) -> float:
 
     Measured by a C++ loop of the host module; without it, by torch's copy, counting bytes read and written.
     """
-    nbytes = max(4 * last_level_cache(), 128 << 20)
+    nbytes = max(4 * last_level_cache(), MIN_BANDWIDTH_BYTES)
     host, _ = _native.host()
-    if host is not None and hasattr(host, "read_bandwidth"):
-        return float(host.read_bandwidth(nbytes, BANDWIDTH_REPEATS, threads))
+    if host is not None:
+        return nbytes / min(host.read_bandwidth(nbytes, BANDWIDTH_REPEATS, threads)) / 1e9
     return copy_bandwidth(nbytes)
 
 
 def copy_bandwidth(nbytes: int) -> float:
     """GB/s, reading and writing counted, of torch copying `nbytes` with its current threads."""
-    import time
-
     source, target = torch.zeros(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
     best = float("inf")
     for _ in range(BANDWIDTH_REPEATS):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lutgemm.errors import ArgumentError
+
 from .runner import Record
 
 COLUMNS = (
@@ -70,7 +71,7 @@ def _row(record: Record) -> tuple[str, ...]:
         where if record.device == "cpu" else f"{where} {record.device}",
         str(record.threads),
         record.mode,
-        _number(t and t.median_us, ".1f"),
+        _number(None if t is None else t.median_us, ".1f"),
         "-" if t is None else f"{t.p10_us:.1f}-{t.p90_us:.1f}",
         _number(record.gb_per_s, ".1f"),
         _number(record.bandwidth_percent, ".0f"),

@@ -1,4 +1,4 @@
-"""Checks a case, then times it: every algorithm of every chosen backend beside the baselines, in one interleaved run."""
+"""Checks a case, then times it: every algorithm of every chosen backend beside the baselines, interleaved."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lutgemm.formats import QuantizedWeight
 from lutgemm.ops import linear
 from lutgemm.testing.cases import OpCase
 from lutgemm.testing.numerics import error_bound, exact_result, mismatch, relative_error
-from lutgemm.testing.targets import Target, absent, targets
+from lutgemm.testing.targets import Target, absent, isa_in_use, targets
 from lutgemm.testing.timing import Call, Timing, cold_copies, time_interleaved, time_interleaved_cuda, torch_threads
+
 from .baselines import BASELINES, DEFAULT_BASELINES
 from .machine import read_bandwidth
 
@@ -146,7 +147,7 @@ def chosen_targets(options: Options) -> list[Target]:
     for isa in options.isas:
         if isa not in isas:
             raise ArgumentError(f"isa: {isa!r} cannot run on this machine; use some of {isas} or all")
-    kept = options.isas or tuple(isas[-1:])
+    kept = options.isas or (isa_in_use(),)
     return [target for target in found if not target.isa or target.isa in kept]
 
 

@@ -33,8 +33,8 @@ CodebookWeight make_weight(const Tensor& codes, const Tensor& codebooks, const T
   check(entries >= 2 && entries <= 4096 && (entries & (entries - 1)) == 0, "codebooks: ", entries,
         " centroids: must be a power of two from 2 to 4096");
   while ((int64_t(1) << w.codebook_bits) < entries) ++w.codebook_bits;
-  check(group_size % vec_len == 0 || group_size >= K, "group_size=", group_size, ": must be a multiple of vec_len=",
-        vec_len, " or at least K=", K);
+  check(group_size % vec_len == 0 || group_size >= K, "group_size=", group_size,
+        ": must be a multiple of vec_len=", vec_len, " or at least K=", K);
   w.group_size = group_size;
   w.J = (K + vec_len - 1) / vec_len;
   w.G = (K + group_size - 1) / group_size;
@@ -61,15 +61,14 @@ Tensor pack_weight(const CodebookWeight& w, const PackedLayout& p) {
   return packed;
 }
 
-Tensor pack_op(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t K,
-                     int64_t group_size) {
+Tensor pack_op(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t K, int64_t group_size) {
   const CodebookWeight w = make_weight(codes, codebooks, scales, K, group_size);
   return pack_weight(w, packed_layout(w));
 }
 
 Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales,
-                       const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, int64_t group_size,
-                       int64_t isa_number) {
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, int64_t group_size,
+                 int64_t isa_number) {
   check_tensor(x, "x", {-1, -1});
   const Isa isa = bind::requested_isa(isa_number);
   const CodebookWeight w = make_weight(codes, codebooks, scales, x.size(1), group_size);
@@ -90,9 +89,8 @@ Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, 
   return y;
 }
 
-Tensor dequantize_op(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t K,
-                           int64_t group_size, int64_t row_begin, int64_t row_end, std::string dtype_name,
-                           int64_t isa_number) {
+Tensor dequantize_op(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t K, int64_t group_size,
+                     int64_t row_begin, int64_t row_end, std::string dtype_name, int64_t isa_number) {
   const Isa isa = bind::requested_isa(isa_number);
   const CodebookWeight w = make_weight(codes, codebooks, scales, K, group_size);
   check_range("row_begin", row_begin, 0, w.N);

@@ -127,7 +127,8 @@ def perplexity(
     device = _model_device(model)
     prefix = ids.new_empty(0) if bos_token_id is None else ids.new_tensor([bos_token_id])
     room = context - len(prefix)
-    spans = windows(len(ids), room, min(stride, room))
+    stride = min(stride, room)
+    spans = windows(len(ids), room, stride)
 
     nll, scored, started = 0.0, 0, time.perf_counter()
     with _evaluating(model), tqdm(total=len(ids), desc="perplexity", unit="tok", disable=not progress) as bar:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor
 from .backends import AUTO, Problem, select
 from .errors import ArgumentError
 from .formats import BCQWeight, CodebookWeight, QuantizedWeight
-from .formats.base import num_groups
-from .formats.bcq import unpack_signs
+from .gradients import bcq_gradients, codebook_gradients
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,6 +28,14 @@ _library.define(
 _library.define(
     "codebook_linear(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias, Tensor? packed, "
     "int group_size, str backend, str algorithm) -> Tensor"
+)
+_library.define(
+    "bcq_linear_backward(Tensor grad_y, Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, "
+    "Tensor? ratios, int group_size, str scale_kind, bool[] needs) -> Tensor[]"
+)
+_library.define(
+    "codebook_linear_backward(Tensor grad_y, Tensor x, Tensor codes, Tensor codebooks, Tensor scales, "
+    "int group_size, bool[] needs) -> Tensor[]"
 )
 
 
@@ -165,6 +173,9 @@ def _codebook_run(
 _library.impl("bcq_linear", _bcq_run, "CompositeExplicitAutograd")
 _library.impl("codebook_linear", _codebook_run, "CompositeExplicitAutograd")
 
+_library.impl("bcq_linear_backward", bcq_gradients, "CompositeExplicitAutograd")
+_library.impl("codebook_linear_backward", codebook_gradients, "CompositeExplicitAutograd")
+
 
 @torch.library.register_fake("lutgemm::bcq_linear", lib=_library)
 def _bcq_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
@@ -176,16 +187,41 @@ def _codebook_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[1])
 
 
-def _group_sums(per_weight: Tensor, group_size: int) -> Tensor:
-    """`[N, K]` -> `[N, G]`: sums over the k of each group."""
-    k = per_weight.shape[1]
-    padded = torch.nn.functional.pad(per_weight, (0, -k % group_size))
-    return padded.unflatten(1, (num_groups(k, group_size), group_size)).sum(-1)
+def _empty_like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    return [
+        tensor.new_empty(tensor.shape)
+        for tensor, need in zip(tensors, needs, strict=True)
+        if need and tensor is not None
+    ]
 
 
-def _record(tensors: dict[str, Tensor | None], in_features: int, group_size: int, **kind: Any) -> BCQWeight:
-    given = {name: t.detach() for name, t in tensors.items() if t is not None}
-    return BCQWeight.build(in_features=in_features, group_size=group_size, **given, **kind)  # type: ignore[arg-type]
+@torch.library.register_fake("lutgemm::bcq_linear_backward", lib=_library)
+def _bcq_backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    zeros: Tensor | None,
+    ratios: Tensor | None,
+    group_size: int,
+    scale_kind: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    return _empty_like((x, scales, offsets, zeros), needs)
+
+
+@torch.library.register_fake("lutgemm::codebook_linear_backward", lib=_library)
+def _codebook_backward_fake(
+    grad_y: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int, needs: list[bool]
+) -> list[Tensor]:
+    return _empty_like((x, codebooks, scales), needs)
+
+
+def _spread(grads: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """One entry per need, None where there was none."""
+    given = iter(grads)
+    return [next(given) if need else None for need in needs]
 
 
 def _bcq_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -194,43 +230,17 @@ def _bcq_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _bcq_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    """x, scales, offsets and bias of a free-scale weight; x, scales and bias of the other kinds."""
     x, codes, scales, offsets, zeros, ratios = ctx.saved_tensors
-    needs, group_size, k = ctx.needs_input_grad, ctx.group_size, x.shape[1]
-    grad_x = grad_scales = grad_offsets = grad_zeros = grad_bias = None
-    if needs[0]:
-        tensors = {"codes": codes, "scales": scales, "offsets": offsets, "zeros": zeros, "ratios": ratios}
-        grad_x = grad_y @ _record(tensors, k, group_size, scale_kind=ctx.scale_kind).dequantize(grad_y.dtype)
-    if needs[2] or needs[3] or needs[4] or needs[5]:
-        if needs[5]:
-            raise ArgumentError("ratios do not take a gradient; train scales and offsets")
-        grad_w = grad_y.to(torch.float32).T @ x.to(torch.float32)
-        grad_offset = _group_sums(grad_w, group_size)
-        if needs[2] or needs[4]:
-            per_plane = torch.stack([_group_sums(grad_w * unpack_signs(plane, k), group_size) for plane in codes])
-            if ctx.scale_kind == "free":
-                grad_scales = per_plane
-            elif ctx.scale_kind == "ratio":
-                grad_scales = (per_plane * ratios[:, None, None]).sum(0, keepdim=True)
-            else:
-                grad_scales, grad_zeros = _uniform_grads(per_plane, grad_offset, scales, zeros)
-                grad_zeros = grad_zeros.to(zeros.dtype) if needs[4] else None
-            grad_scales = grad_scales.to(scales.dtype) if needs[2] else None
-        if needs[3]:
-            grad_offsets = grad_offset.to(offsets.dtype)
-    if needs[6]:
-        grad_bias = grad_y.sum(0)
+    wanted = ctx.needs_input_grad
+    if wanted[5]:
+        raise ArgumentError("ratios do not take a gradient; train scales and offsets")
+    needs = [wanted[0], *wanted[2:5]]
+    grads = torch.ops.lutgemm.bcq_linear_backward(
+        grad_y, x, codes, scales, offsets, zeros, ratios, ctx.group_size, ctx.scale_kind, needs
+    )
+    grad_x, grad_scales, grad_offsets, grad_zeros = _spread(grads, needs)
+    grad_bias = grad_y.sum(0) if wanted[6] else None
     return grad_x, None, grad_scales, grad_offsets, grad_zeros, None, grad_bias, None, None, None, None, None
-
-
-def _uniform_grads(per_plane: Tensor, grad_offset: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """W = s * (center - zero + sum of 2^(bits-2-b) * sign): gradients of s `[1, N, G]` and of zero `[N, G]`."""
-    from .formats.bcq import uniform_center, uniform_plane_weights
-
-    bits = len(per_plane)
-    place = torch.tensor(uniform_plane_weights(bits), device=per_plane.device)[:, None, None]
-    grad_s = (per_plane * place).sum(0) + grad_offset * uniform_center(zeros, bits)
-    return grad_s.unsqueeze(0), -grad_offset * scales[0].to(torch.float32)
 
 
 def _codebook_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -240,36 +250,12 @@ def _codebook_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _codebook_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, codebooks, scales = ctx.saved_tensors
-    needs, group_size, k = ctx.needs_input_grad, ctx.group_size, x.shape[1]
-    grad_x = grad_codebooks = grad_scales = grad_bias = None
-    weight = CodebookWeight.build(codes, codebooks.detach(), scales.detach(), in_features=k, group_size=group_size)
-    if needs[0]:
-        grad_x = grad_y @ weight.dequantize(grad_y.dtype)
-    if needs[2] or needs[3]:
-        grad_w = grad_y.to(torch.float32).T @ x.to(torch.float32)
-        if needs[3]:
-            unit = CodebookWeight.build(
-                codes, codebooks.detach(), torch.ones_like(scales), in_features=k, group_size=group_size
-            )
-            grad_scales = _group_sums(grad_w * unit.dequantize(), group_size).to(scales.dtype)
-        if needs[2]:
-            grad_codebooks = _codebook_grads(grad_w, codes, codebooks, scales, group_size)
-    if needs[4]:
-        grad_bias = grad_y.sum(0)
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0], *wanted[2:4]]
+    grads = torch.ops.lutgemm.codebook_linear_backward(grad_y, x, codes, codebooks, scales, ctx.group_size, needs)
+    grad_x, grad_codebooks, grad_scales = _spread(grads, needs)
+    grad_bias = grad_y.sum(0) if wanted[4] else None
     return grad_x, None, grad_codebooks, grad_scales, grad_bias, None, None, None, None
-
-
-def _codebook_grads(grad_w: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """Each centroid's gradient: the sum over its uses of scale * grad_w."""
-    from .formats.base import expand_groups
-
-    k, vec_len = grad_w.shape[1], codebooks.shape[2]
-    scaled = grad_w * expand_groups(scales.detach().to(torch.float32), k, group_size)
-    vectors = torch.nn.functional.pad(scaled, (0, -k % vec_len)).unflatten(1, (-1, vec_len)).flatten(0, 1)
-    out = torch.zeros_like(codebooks, dtype=torch.float32)
-    for c, own in enumerate(codes):
-        out[c].index_add_(0, own.flatten().long(), vectors)
-    return out.to(codebooks.dtype)
 
 
 torch.library.register_autograd("lutgemm::bcq_linear", _bcq_backward, setup_context=_bcq_setup, lib=_library)

@@ -10,6 +10,10 @@ from lutgemm.backends import registry
 from lutgemm.ops import linear
 from lutgemm.testing.cases import CASES, Inputs, OpCase
 from lutgemm.testing.targets import Target, absent, targets
+from lutgemm.testing.timing import torch_threads
+
+THREADED_WORK = 1 << 20
+"""M * N * K from which a case runs on two threads; below it a pool only costs time, most of all on a busy machine."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,7 +84,10 @@ def run(request: pytest.FixtureRequest) -> Iterator[KernelRun]:
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
-        with request.param.target.active():
+        case = request.param.case
+        work = 0 if request.param.target.backend == "reference" else case.M * case.N * case.K
+        threads = 2 if work >= THREADED_WORK else 1
+        with request.param.target.active(), torch_threads(threads):
             yield request.param
     finally:
         torch.use_deterministic_algorithms(deterministic)

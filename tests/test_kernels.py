@@ -1,6 +1,7 @@
 """Every case of `lutgemm.testing.cases` on every backend, instruction set and algorithm that this machine has."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from lutgemm.testing.numerics import (
     assert_within,
     error_bound,
     exact_result,
-    torch_excess,
+    rms,
+    torch_allowance,
 )
 
 ALL = [case for make in CASES.values() for case in make()]
@@ -44,6 +46,20 @@ STEADY = [
 ]
 
 
+@cache
+def prepared(case: OpCase, tier: str) -> tuple[Inputs, torch.Tensor]:
+    """The inputs of a case and its fp64 result, shared by the runs of all targets."""
+    inputs = case.inputs(tier)
+    return inputs, exact_result(inputs.x, inputs.weight, inputs.bias)
+
+
+@cache
+def limits(case: OpCase, algorithm: str) -> tuple[torch.Tensor, float]:
+    """The bound of every element of a random-tier result, and of its root mean square error."""
+    inputs, _ = prepared(case, "random")
+    return error_bound(inputs.x, inputs.weight, inputs.bias, algorithm), torch_allowance(*vars(inputs).values())
+
+
 def test_the_exact_tier_covers_nearly_every_case():
     assert len(EXACT) >= 0.95 * len(ALL)
     assert {case.dtype for case in EXACT} == {"float32", "float16", "bfloat16"}
@@ -51,21 +67,20 @@ def test_the_exact_tier_covers_nearly_every_case():
 
 @pytest.mark.cases(EXACT)
 def test_exact_tier_is_bit_exact(run: KernelRun):
-    inputs = run.case.inputs("exact")
-    y = run(inputs)
-    assert_equal(y, exact_result(inputs.x, inputs.weight, inputs.bias).to(inputs.x.dtype), str(run))
+    inputs, truth = prepared(run.case, "exact")
+    assert_equal(run(inputs), truth.to(inputs.x.dtype), str(run))
 
 
 @pytest.mark.cases(ALL)
 def test_random_tier_is_within_its_bounds(run: KernelRun):
-    inputs = run.case.inputs("random")
+    inputs, truth = prepared(run.case, "random")
     kept = inputs.x.clone()
     y = run(inputs)
     assert y.dtype == inputs.x.dtype
-    truth = exact_result(inputs.x, inputs.weight, inputs.bias)
-    assert_within(y, truth, error_bound(inputs.x, inputs.weight, inputs.bias, run.algorithm), str(run))
+    bound, allowed = limits(run.case, run.algorithm)
+    assert_within(y, truth, bound, str(run))
     if y.numel() >= STATISTICAL:
-        own, allowed = torch_excess(y, inputs.x, inputs.weight, inputs.bias)
+        own = rms(y.double() - truth)
         assert own <= allowed, f"{run}: rms error {own:.3e}, twice torch's and its floor are {allowed:.3e}"
     assert torch.equal(inputs.x, kept), "x was written to"
 
@@ -155,8 +170,7 @@ def test_bounds_are_not_so_wide_that_half_precision_sums_pass():
     truth = exact_result(inputs.x, inputs.weight)
     with pytest.raises(AssertionError, match=r"elements outside the bound; worst at \[\d+, \d+\]: actual"):
         assert_within(sloppy, truth, error_bound(inputs.x, inputs.weight, None, "lut_gemm"))
-    own, allowed = torch_excess(sloppy, inputs.x, inputs.weight, None)
-    assert own > 100 * allowed
+    assert rms(sloppy.double() - truth) > 100 * torch_allowance(inputs.x, inputs.weight, None)
 
 
 def test_bounds_name_what_is_not_finite_and_what_is_misplaced():

@@ -49,7 +49,7 @@ def make(
         for name, param in model.named_parameters():
             if param.ndim == 1:
                 param.normal_(1.0 if "norm" in name else 0.0, 0.1)
-    model.to(dtype).save_pretrained(folder, **({"max_shard_size": "30KB"} if sharded else {}))
+    model.to(dtype).save_pretrained(folder, **({"max_shard_size": "60KB"} if sharded else {}))
     return folder
 
 

@@ -56,7 +56,7 @@ inline void add_group(const TileTask& task) {
           const __m512 table = _mm512_load_ps(task.tables + m * task.table_stride + (w * kSlices + s) * kLanes);
 #pragma GCC unroll 4
           for (int r = 0; r < kVectors; ++r) {
-            dot[m][r] = look_up_add(table, index[r], dot[m][r]);
+            dot[m][r] = look_up_add(r, table, index[r], dot[m][r]);
           }
         }
         if (s + 1 < kSlices) {

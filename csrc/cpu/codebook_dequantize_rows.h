@@ -1,5 +1,6 @@
 // Rows of a codebook weight, written out. Included inside a target region, hence in an unnamed namespace and with no
-// include guard: the loops over d are vectorised for that target. Its own includes must have been seen before the region.
+// include guard: the loops over d are vectorised for that target. Its own includes must have been seen before the
+// region.
 #include "codebook.h"
 #include "convert.h"
 

@@ -51,7 +51,7 @@ const CodegemmKernel& choose_kernel(const PackedLayout& p, Isa isa, int64_t toke
 #if LUTGEMM_X86
   if (isa == Isa::kAvx512) {
     static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
-    if (vbmi && p.codebook_bits <= 8 && tokens <= 4) return kCodegemmVbmi;
+    if (vbmi && p.codebook_bits <= 8 && tokens <= 6) return kCodegemmVbmi;
     if (tokens > 8) return kCodegemmAvx512x16;
   }
   if (isa >= Isa::kAvx2) return tokens == 1 ? kCodegemmAvx2 : tokens <= 4 ? kCodegemmAvx2x4 : kCodegemmAvx2x8;

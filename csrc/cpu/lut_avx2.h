@@ -99,6 +99,7 @@ inline void add_word(const uint32_t* words, const float* tables, int64_t table_s
       for (int m = 0; m < kTokens; ++m) {
         const __m256 table = _mm256_load_ps(tables + m * table_stride + s * kLanes);
         dot[m][v] = _mm256_add_ps(dot[m][v], _mm256_xor_ps(_mm256_permutevar8x32_ps(table, entries), signs));
+        asm volatile("" : "+x"(dot[m][v]));
       }
     }
   }

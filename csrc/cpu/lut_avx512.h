@@ -70,10 +70,12 @@ struct GroupScales {
   }
 };
 
-// sum + entries of `table` that `index` picks. The empty asm keeps the addition where it stands: without it GCC does all
-// look-ups of a code word first and spills them (1.5 times slower).
-inline __m512 look_up_add(__m512 table, __m512i index, __m512 sum) {
-  sum = _mm512_add_ps(sum, _mm512_permutexvar_ps(index, table));
+// sum + the entries of `table` that `index` picks, for vector r of rows. Odd vectors add by a multiplication with 1,
+// which is exact and runs on execution ports that look-ups and additions leave idle. The empty asm keeps the addition
+// where it stands: without it GCC does all look-ups of a code word first and spills them (1.5 times slower).
+inline __m512 look_up_add(int r, __m512 table, __m512i index, __m512 sum) {
+  const __m512 entries = _mm512_permutexvar_ps(index, table);
+  sum = r % 2 ? _mm512_fmadd_ps(entries, _mm512_set1_ps(1.0f), sum) : _mm512_add_ps(sum, entries);
   asm volatile("" : "+v"(sum));
   return sum;
 }

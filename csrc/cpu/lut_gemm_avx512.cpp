@@ -49,7 +49,7 @@ inline void add_planes(const GroupTask& task, const GroupScales& scales, __m512 
       for (int s = 0; s < kSlices; ++s) {
 #pragma GCC unroll 4
         for (int r = 0; r < kVectors; ++r) {
-          dot[p][r] = look_up_add(table[s], index[r], dot[p][r]);
+          dot[p][r] = look_up_add(r, table[s], index[r], dot[p][r]);
           if (s + 1 < kSlices) index[r] = _mm512_srli_epi32(index[r], 4);
         }
       }

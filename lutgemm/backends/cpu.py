@@ -61,6 +61,11 @@ def _isa() -> int:
     return _environment_isa()[0] if forced is None else forced
 
 
+def isa() -> str:
+    """The instruction set that calls from here would use. Needs the compiled kernels."""
+    return ISAS[_isa()]
+
+
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
     """Hold the CPU calls of this block (and thread) to one of `available_isas()`; `ArgumentError` for another name."""

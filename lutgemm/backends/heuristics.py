@@ -46,6 +46,6 @@ def choose_on_cpu(problem: Problem) -> str:
     """The algorithm of the first row of `CPU_THRESHOLDS` that `problem` fits, or "dequantize"."""
     for row in CPU_THRESHOLDS:
         tokens = row.max_tokens_bf16 if problem.dtype == torch.bfloat16 else row.max_tokens
-        if row.op == problem.op and problem.planes <= row.max_planes and problem.M <= tokens:
+        if row.op == problem.op and problem.planes <= row.max_planes and tokens >= problem.M:
             return row.algorithm
     return "dequantize"

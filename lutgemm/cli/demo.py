@@ -11,6 +11,7 @@ from ._model import positive_int, use_threads
 
 NAME = "demo"
 HELP = "quantize a real language model and show what it gains and loses"
+INTERRUPTED = "; run the same command again, it goes on after the last finished step"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,12 @@ from .files import replacing
 
 COLORS = {"torch": "#6b7280", "lutgemm": "#1d6fb8", "rtn": "#d97706"}
 LABELS = {"torch": "torch", "lutgemm": "lutgemm", "rtn": "round-to-nearest of equal bits"}
+LABEL_SIDES = {
+    "torch": ((0, 8), "center", "bottom"),
+    "lutgemm": ((-8, 0), "right", "center"),
+    "rtn": ((8, 0), "left", "center"),
+}
+"""Where a point's name stands, in points from it: the two of a pair, one above the other, go to either side."""
 INK = "#374151"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -41,37 +47,33 @@ def plot_perplexity(rows: Rows, path: Path, text: str) -> None:
     for kind, label in LABELS.items():
         points = [place[row["name"]] for row in rows if row["kind"] == kind]
         if points:
-            axes.scatter(*zip(*points, strict=True), s=46, color=COLORS[kind], label=label, zorder=3)
+            face = "none" if kind == "rtn" else COLORS[kind]
+            size = 90 if kind == "rtn" else 46
+            axes.scatter(*zip(*points, strict=True), s=size, color=COLORS[kind], facecolors=face, label=label, zorder=3)
     for row in rows:
-        below = _is_below(row, rows)
+        (dx, dy), ha, va = LABEL_SIDES[row["kind"]]
+        color = COLORS[row["kind"]]
         axes.annotate(
             row["name"],
             place[row["name"]],
-            xytext=(0, -8 if below else 8),
+            (dx, dy),
             textcoords="offset points",
-            ha="center",
-            va="top" if below else "bottom",
+            ha=ha,
+            va=va,
+            color=color,
             fontsize=8.5,
-            color=COLORS[row["kind"]],
         )
     axes.set(xscale="log", yscale="log")
     sizes = sorted({round(x) for x, _ in place.values()})
     axes.set_xticks(_spaced(sizes), labels=[str(size) for size in _spaced(sizes)])
     axes.minorticks_off()
-    axes.margins(x=0.14, y=0.12)
+    axes.margins(x=0.2, y=0.12)
     axes.set_xlabel("weights on disk, MB (log)", color=INK)
     axes.set_ylabel("perplexity (log), lower is better", color=INK)
     axes.set_title(f"Perplexity on {text}", fontsize=10, color=INK)
     axes.grid(True, axis="y", color="#e5e7eb", lw=0.6)
     axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
-
-
-def _is_below(row: Mapping[str, Any], rows: Rows) -> bool:
-    """Whether a row's label goes below its point: the lower one of two that stand beside each other."""
-    by_name = {other["name"]: other for other in rows}
-    partner = by_name.get(row["rival"]) or next((other for other in rows if other["rival"] == row["name"]), None)
-    return partner is not None and row["perplexity"]["perplexity"] < partner["perplexity"]["perplexity"]
 
 
 def _spaced(sizes: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import sys
 import time
@@ -52,7 +53,7 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """All steps; returns what `results.json` holds."""
         out = self.settings.out
-        _require_packages()
+        require_packages()
         gguf, passage = fetch(GGUF, out / "downloads"), fetch(text.TEXT, out / "downloads")
         self.prepare_torch_rows(gguf)
         for name, config in OURS.items():
@@ -183,10 +184,8 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
     """Raise `LutgemmError` naming what of the demo's packages is missing."""
-    import importlib.util
-
     needed = ("transformers", "accelerate", "gguf", "matplotlib")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:

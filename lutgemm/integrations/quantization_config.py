@@ -80,12 +80,17 @@ def layout_of(name: str, entry: Mapping[str, Any], out_features: int, in_feature
 
 def build(config: QuantizeConfig | None, layouts: Mapping[str, Layout]) -> dict[str, Any]:
     """The `quantization_config` object of a checkpoint whose quantized modules have these layouts."""
+    return describe(config, layers_to_json(layouts), producer())
+
+
+def describe(config: QuantizeConfig | None, layers: list[dict[str, Any]], made_by: str) -> dict[str, Any]:
+    """The `quantization_config` object of a checkpoint with this `layers` list."""
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "producer": producer(),
+        "producer": made_by,
         "config": None if config is None else config.to_dict(),
-        "layers": layers_to_json(layouts),
+        "layers": layers,
     }
 
 

@@ -22,13 +22,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import nn as lutgemm_nn
 from ..config import BCQConfig, CodebookConfig, config_from_dict
 from ..errors import ArgumentError, CheckpointError, FormatError, LutgemmError
-from ..formats import FORMAT_VERSION
 from ..nn import QuantizedLinear, Selection
 from . import checkpoint_files
 from .quantization_config import (
     QUANT_METHOD,
     WHERE,
-    check_version,
+    describe,
     layers_from_json,
     layers_to_json,
     layout_of,
@@ -54,18 +53,16 @@ class LutgemmConfig(QuantizationConfigMixin):
         include: Any = (),
         exclude: Any = (),
         layers: list[dict[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
-        producer_name: str | None = None,
+        made_by: str | None = None,
     ) -> None:
         if config is not None and not isinstance(config, (BCQConfig, CodebookConfig, Mapping)):
             raise ArgumentError(f"config: got {type(config).__name__}, expected a BCQConfig or a CodebookConfig")
-        check_version(format_version)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.config = config_from_dict(config) if isinstance(config, Mapping) else config
         self.default_skip = skip is None
         self.selection = Selection.of(skip, include, exclude)
         self.layers = list(layers or [])
-        self.producer = producer_name or producer()
+        self.producer = made_by or producer()
         layers_from_json(self.layers)
 
     @classmethod
@@ -73,18 +70,12 @@ class LutgemmConfig(QuantizationConfigMixin):
         """The configuration in a config.json. Raises `CheckpointError` when it is not one that this lutgemm reads."""
         parsed = parse(config_dict)
         layers = copy.deepcopy(config_dict["layers"])
-        config = cls(parsed.config, layers=layers, producer_name=parsed.producer)
+        config = cls(parsed.config, layers=layers, made_by=parsed.producer)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """The object that config.json holds (`quantization_config.py`)."""
-        return {
-            "quant_method": self.quant_method,
-            "format_version": FORMAT_VERSION,
-            "producer": self.producer,
-            "config": None if self.config is None else self.config.to_dict(),
-            "layers": copy.deepcopy(self.layers),
-        }
+        return describe(self.config, copy.deepcopy(self.layers), self.producer)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()

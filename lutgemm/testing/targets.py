@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -25,6 +26,12 @@ class Target:
     def active(self) -> AbstractContextManager[None]:
         """While entered, calls of this backend use this instruction set."""
         return cpu.use_isa(self.isa) if self.isa else nullcontext()
+
+
+def isa_in_use() -> str:
+    """The instruction set of CPU calls that are not held to another one; "" without compiled kernels."""
+    found = cpu.available_isas()
+    return os.environ.get(cpu.ISA_VARIABLE) or found[-1] if found else ""
 
 
 def absent() -> dict[str, str]:

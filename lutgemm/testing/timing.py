@@ -2,8 +2,8 @@
 
 Interleaving defeats drift (clock speed, a busy neighbour): all callables see the same minutes. A callable is given as
 its copies: one copy is *hot* (the same weights again, cached if they fit), enough copies to exceed the last-level cache
-(`cold_copies`) are *cold* (weights come from memory, as in a model of many layers). Each visit to a callable starts with
-a call that is not counted, so that what the others left in the caches and in the branch predictors is not measured.
+(`cold_copies`) are *cold* (weights come from memory, as in a model of many layers). Each visit to a callable starts
+with a call that is not counted, so that what the others left in caches and branch predictors is not measured.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from ..errors import ArgumentError
+from .hardware import last_level_cache
 
 Call = Callable[[], object]
 
 VISIT_SECONDS = 0.002
 """One visit to a callable lasts at least this long (and two counted calls): many visits of each fit in a second."""
-DEFAULT_CACHE = 32 << 20
-"""Assumed last-level cache where the system does not tell."""
 COLD_CACHES = 4
 """Cold copies together exceed the last-level cache by this factor, so that no part of one survives a round."""
 MAX_COLD_BYTES = 200 << 20
@@ -66,30 +64,6 @@ def torch_threads(count: int | None) -> Iterator[int]:
         yield count or before
     finally:
         torch.set_num_threads(before)
-
-
-def _cache_bytes(text: str) -> int:
-    """`"32768K"` -> bytes, as Linux writes the size of a cache."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
-
-
-def cpu_caches() -> dict[str, int]:
-    """Bytes of the first core's caches: `{"L1d": ..., "L2": ..., "L3": ...}`, empty where the system does not tell."""
-    found: dict[str, int] = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-        except OSError:
-            continue
-        if kind != "Instruction":
-            found[f"L{level}d" if level == "1" else f"L{level}"] = _cache_bytes(size)
-    return found
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache, or `DEFAULT_CACHE`."""
-    return max(cpu_caches().values(), default=DEFAULT_CACHE)
 
 
 def cold_copies(nbytes: int, total: int | None = None) -> int:
