@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -40,12 +41,13 @@ def git_state() -> dict[str, Any]:
 
 
 def header(command: list[str] | None = None) -> dict[str, Any]:
-    """Machine, versions, commit, date and command of a run, as JSON values."""
+    """Machine, versions, commit, date and command of a run, as JSON values. load: processes that want a core, 1 min."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(command if command is not None else ["lutgemm", *sys.argv[1:]]),
         "cpu": cpu_name(),
         "cores": usable_cores(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "caches": cpu_caches(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),

@@ -13,6 +13,13 @@ from lutgemm.errors import ArgumentError
 
 from .runner import Record
 
+BUSY_LOAD = 0.5
+"""Load per core, before the run, from which other processes surely disturb it."""
+BUSY = (
+    "NOTE: {load:.1f} processes wanted the {cores} cores before this run. Long calls are interrupted more than short "
+    "ones, so medians flatter the short; compare the 10th percentiles (p10), or measure again on an idle machine."
+)
+
 COLUMNS = (
     "case",
     "algorithm",
@@ -117,6 +124,7 @@ def header_text(header: dict[str, Any], records: Sequence[Record]) -> str:
         f"{header['cpu']}, {header['cores']} cores, {caches}" + (f"; {header['gpu']}" if header["gpu"] else ""),
         f"torch {header['torch']}, lutgemm {header['lutgemm']} ({commit}), python {header['python']}, {header['date']}",
         f"memory is read at {measured}" if measured else "",
+        BUSY.format(**header) if header["load"] and header["load"] > BUSY_LOAD * header["cores"] else "",
         f"$ {header['command']}",
     ]
     return "\n".join(line for line in lines if line)

@@ -71,11 +71,11 @@ class Record:
     def bandwidth_percent(self) -> float | None:
         return None if self.gb_per_s is None or not self.read_gb_per_s else 100 * self.gb_per_s / self.read_gb_per_s
 
-    def speedup(self, baseline: str) -> float | None:
-        """Median time of a baseline over ours, both of the same interleaved run; None where either is missing."""
+    def speedup(self, baseline: str, statistic: str = "median_us") -> float | None:
+        """Time of a baseline over ours, both of the same interleaved run; None where either is missing."""
         if self.timing is None or baseline not in self.baselines:
             return None
-        return self.baselines[baseline].median_us / self.timing.median_us
+        return float(getattr(self.baselines[baseline], statistic) / getattr(self.timing, statistic))
 
     @property
     def repro(self) -> str:
@@ -123,6 +123,8 @@ class Record:
             "bandwidth_percent": self.bandwidth_percent,
             "speedup_fp32": self.speedup("torch_fp32"),
             "speedup_bf16": self.speedup("torch_bf16"),
+            "speedup_fp32_p10": self.speedup("torch_fp32", "p10_us"),
+            "speedup_bf16_p10": self.speedup("torch_bf16", "p10_us"),
             "baselines": {name: asdict(t) for name, t in self.baselines.items()},
             "error": self.error,
             "correct": self.correct,
@@ -133,11 +135,13 @@ class Record:
 
 def chosen_targets(options: Options) -> list[Target]:
     """The backends and instruction sets to run. Raises `ArgumentError` naming what is unknown or absent."""
-    here, missing = targets(), absent()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device='cuda' cannot be used: this torch sees no CUDA device; use cpu")
+    here, missing = [target for target in targets() if target.runs_on(options.device)], absent()
     names = {target.backend for target in here}
     for name in options.backends:
         if name not in names:
-            reason = missing.get(name, f"unknown; use some of {sorted(names | missing.keys())}")
+            reason = missing.get(name, f"no such backend for device {options.device}; use some of {sorted(names)}")
             raise ArgumentError(f"backends: {name!r} cannot run: {reason}")
     wanted = options.backends or tuple(sorted(names - {"reference"})) or ("reference",)
     found = [target for target in here if target.backend in wanted]

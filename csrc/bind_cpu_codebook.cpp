@@ -80,6 +80,8 @@ Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, 
     check_tensor(*packed, "packed", {-1});
     check(packed->scalar_type() == bind::ScalarType::Byte, "packed: must be uint8");
     const char* mismatch = packed_mismatch(p, packed->const_data_ptr(), packed->size(0));
+    check(reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % alignof(float) == 0,
+          "packed: starts at an odd address; make it with _codebook_pack_cpu");
     check(mismatch == nullptr, "packed: ", mismatch ? mismatch : "", "; make it with _codebook_pack_cpu");
   }
   const Tensor own = packed ? *packed : pack_weight(w, p);

@@ -14,6 +14,7 @@ from .formats import BCQWeight, CodebookWeight
 from .integrations import register_with_transformers
 from .nn import BCQLinear, CodebookLinear, replace_linear
 from .ops import bcq_linear, codebook_linear
+from .quantize import quantize_bcq, quantize_codebook
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ __all__ = [
     "bcq_linear",
     "codebook_linear",
     "load",
+    "quantize_bcq",
+    "quantize_codebook",
     "replace_linear",
 ]
 

@@ -91,3 +91,10 @@ def run(request: pytest.FixtureRequest) -> Iterator[KernelRun]:
             yield request.param
     finally:
         torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's pool held to one thread: small problems gain nothing from more, and lose much on a busy machine."""
+    with torch_threads(1):
+        yield

@@ -58,6 +58,7 @@ def test_bench_prints_and_saves_complete_records(tmp_path, capsys):
         assert r["bandwidth_percent"] == pytest.approx(100 * r["gb_per_s"] / r["read_gb_per_s"])
         assert r["speedup_fp32"] == pytest.approx(r["baselines"]["torch_fp32"]["median_us"] / r["median_us"])
         assert r["speedup_bf16"] == pytest.approx(r["baselines"]["torch_bf16"]["median_us"] / r["median_us"])
+        assert r["speedup_fp32_p10"] == pytest.approx(r["baselines"]["torch_fp32"]["p10_us"] / r["p10_us"])
     bcq = next(r for r in records if r["op"] == "bcq_linear")
     codes_scales_offsets = 64 * (2 * 128 // 8 + 3 * 2 * 2)
     assert bcq["bytes_moved"] == codes_scales_offsets + 4 * (2 * 128 + 2 * 64)
@@ -78,7 +79,7 @@ def test_a_repro_command_measures_that_line_again(capsys):
     assert main([*command[1:], "--seconds", "0.02", "--json", "-"]) == 0
     (again,) = json.loads(capsys.readouterr().out)["records"]
     measured = {"median_us", "p10_us", "p90_us", "samples", "gb_per_s", "read_gb_per_s", "bandwidth_percent"}
-    measured |= {"speedup_fp32", "speedup_bf16", "baselines"}
+    measured |= {f"speedup_{name}" for name in ("fp32", "bf16", "fp32_p10", "bf16_p10")} | {"baselines"}
     for key in first.keys() - measured:
         assert again[key] == first[key], key
 
@@ -99,6 +100,15 @@ def test_nothing_wrong_is_timed(monkeypatch, capsys):
     assert "WRONG lut_gemm M=2 64x128 2-bit g64 fp32: lut_gemm: 1 of 128 elements outside the bound" in out
     assert "worst at [1, 7]" in out
     assert re.search(r"dequantize .*yes", out)
+
+
+def test_a_busy_machine_is_noted():
+    header = machine.header()
+    assert header["load"] is None or header["load"] >= 0
+    noted = report.header_text({**header, "load": 3.0, "cores": 2}, [])
+    assert "NOTE: 3.0 processes wanted the 2 cores before this run" in noted
+    assert "NOTE" not in report.header_text({**header, "load": 0.4, "cores": 2}, [])
+    assert "NOTE" not in report.header_text({**header, "load": None}, [])
 
 
 def test_plot_is_a_png(tmp_path, capsys):
@@ -131,7 +141,7 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypa
         (["--codebooks", "1x3x8"], "vec_len=3 is not supported"),
         (["--op", "gemm"], "op='gemm' is unknown; use some of ['bcq_linear', 'codebook_linear']"),
         (["--dtype", "fp8"], "dtype='fp8' is unknown; use some of fp32, fp16, bf16"),
-        (["--backends", "tpu"], "backends: 'tpu' cannot run: unknown; use some of"),
+        (["--backends", "tpu"], "backends: 'tpu' cannot run: no such backend for device cpu; use some of"),
         (["--algorithms", "fft"], "algorithms: 'fft' is not offered; use some of"),
         (["--isa", "sse9"], "isa: 'sse9' cannot run on this machine"),
         (["--baselines", "mkl"], "baselines: 'mkl' is unknown; use some of ['torch_fp32'"),
@@ -167,9 +177,19 @@ def test_suites_are_valid_and_without_repeats(name):
         assert case.layout.shape == (case.N, case.K)
 
 
-def test_smoke_suite_on_the_reference(capsys):
-    assert main(["bench", "--suite", "smoke", "--backends", "reference", "--algorithms", "dequantize", "--quick"]) == 0
-    assert "reference" in capsys.readouterr().out
+def test_smoke_suite_on_the_reference_with_several_threads(capsys):
+    options = ["--backends", "reference", "--algorithms", "dequantize", "--threads", "1,2", "--quick", "--json", "-"]
+    assert main(["bench", "--suite", "smoke", *options]) == 0
+    records = json.loads(capsys.readouterr().out)["records"]
+    assert {(r["op"], r["threads"], r["backend"]) for r in records} == {
+        (op, t, "reference") for op in CASES for t in (1, 2)
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(capsys):
+    assert main([*TINY, "--device", "cuda"]) == 1
+    assert "device='cuda' cannot be used: this torch sees no CUDA device; use cpu" in capsys.readouterr().err
 
 
 def test_a_wrong_time_cannot_be_written_over_an_old_file(tmp_path, monkeypatch):

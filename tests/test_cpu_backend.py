@@ -229,13 +229,20 @@ def test_the_environment_variable(value: str, reason: str | None, monkeypatch: p
 
 
 def test_choice_follows_the_table():
-    """One token takes lut_gemm, a few biqgemm, very many dequantize; every row names an algorithm that exists."""
-    problem = Problem("bcq_linear", "cpu", torch.float32, 1, 4096, 4096, 128, 2, "free")
-    assert heuristics.choose_on_cpu(problem) == "lut_gemm"
-    assert heuristics.choose_on_cpu(replace(problem, M=4)) == "biqgemm"
-    assert heuristics.choose_on_cpu(replace(problem, M=10**6)) == "dequantize"
+    problem = Problem("bcq_linear", "cpu", torch.float32, 1, 4096, 4096, 128, 4, "free")
+    chosen = [heuristics.choose_on_cpu(replace(problem, M=m)) for m in (0, 1, 2, 64, 10**6)]
+    assert chosen == ["lut_gemm", "lut_gemm", "biqgemm", "biqgemm", "dequantize"]
+    assert heuristics.choose_on_cpu(replace(problem, M=64, dtype=torch.bfloat16)) == "dequantize"
+    assert heuristics.choose_on_cpu(replace(problem, M=64, planes=8)) == "dequantize"
+    books = Problem("codebook_linear", "cpu", torch.float32, 64, 4096, 4096, 128, 2, vec_len=4, codebook_bits=8)
+    assert heuristics.choose_on_cpu(books) == "codegemm"
+    assert heuristics.choose_on_cpu(replace(books, codebook_bits=12)) == "dequantize"
+
+
+def test_every_row_of_the_table_can_be_taken():
     for row in heuristics.CPU_THRESHOLDS:
         assert row.algorithm in cpu.BACKEND.algorithms[row.op]
+        assert 0 < row.max_tokens_bf16 <= row.max_tokens
         assert row.device
         assert row.date
 

@@ -281,13 +281,17 @@ def test_a_corrupt_pack_is_refused_or_harmless(case: Case, isa: int) -> None:
         assert linear(torch.ones(tokens, case.k), weight, isa, packed=noise).shape == (tokens, case.n)
 
 
-def test_a_pack_at_an_odd_address_is_read_right(isa: int) -> None:
+def test_a_view_of_a_pack_is_read_right_or_refused(isa: int) -> None:
     weight = make_weight(CASES[0])
-    packed = pack(weight)
-    shifted = torch.empty(len(packed) + 1, dtype=torch.uint8)[1:]
-    shifted.copy_(packed)
-    x = torch.randn(20, 256)
-    assert torch.equal(linear(x, weight, isa, packed=shifted), linear(x, weight, isa, packed=packed))
+    packed, x = pack(weight), torch.randn(20, 256)
+    for offset in (4, 1):
+        view = torch.empty(len(packed) + offset, dtype=torch.uint8)[offset:]
+        view.copy_(packed)
+        if offset == 4:
+            assert torch.equal(linear(x, weight, isa, packed=view), linear(x, weight, isa, packed=packed))
+        else:
+            with pytest.raises(RuntimeError, match="packed: starts at an odd address"):
+                linear(x, weight, isa, packed=view)
 
 
 def arguments() -> dict[str, object]:

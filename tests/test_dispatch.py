@@ -18,6 +18,8 @@ from lutgemm.testing.cases import CASES, OpCase
 backends = importlib.import_module("lutgemm.backends")
 """The module; `lutgemm.backends` is the function of that name."""
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = Problem("bcq_linear", "cpu", torch.float32, 1, 20, 72, 32, 2, "free")
 
 
@@ -184,7 +186,7 @@ def test_unknown_names_list_the_known_ones(op):
 @pytest.mark.skipif(cpu.BACKEND.unavailable() is not None, reason=f"backend cpu: {cpu.BACKEND.unavailable()}")
 def test_the_environment_names_the_instruction_set_or_the_backend_says_why_not():
     code = "import lutgemm; print(lutgemm.backends()['cpu'])"
-    for isa in (*cpu.available_isas(), "sse9"):
+    for isa in ("scalar", "sse9"):
         ran = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "LUTGEMM_CPU_ISA": isa},

@@ -74,7 +74,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def rewrite(folder: Path, change) -> None:
     """Change the tensors of a single-file checkpoint: `change(dict)` in place."""
-    state = load_file(folder / "model.safetensors")
+    state = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     change(state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 

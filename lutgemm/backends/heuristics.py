@@ -1,7 +1,4 @@
-"""Which algorithm "auto" takes: measured crossing points as data, and the function that reads them.
-
-`choose_on_cpu` takes the first row that fits the problem, or else "dequantize".
-"""
+"""Which algorithm "auto" takes: measured crossing points as data, and the function that reads them."""
 
 from __future__ import annotations
 
@@ -11,41 +8,62 @@ import torch
 
 from . import Problem
 
-CPU_DEVICE = "AMD EPYC (Zen 4, AVX-512), 1 thread, N = K = 4096, group_size 128"
+NO_CROSSING = 2**62
+
+CPU_DEVICE = "AMD EPYC (family 25 model 17, AVX-512), 1 thread, N = K = 4096, group_size 128"
 CPU_DATE = "2026-11-21"
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Up to `max_tokens` tokens, `algorithm` was the fastest for up to `max_planes` planes (bits or num_codebooks)."""
+    """Up to `max_cost` (see `look_up_cost`) and `max_tokens`, `algorithm` was faster than what the rows below name.
+
+    max_tokens is for fp32 and fp16 activations, max_tokens_bf16 for bf16, which torch multiplies several times faster.
+    Both are the M where the two lines of time against M cross.
+    """
 
     op: str
     algorithm: str
-    max_planes: int
+    max_cost: float
     max_tokens: int
-    """with fp32 activations"""
     max_tokens_bf16: int
-    """with bf16 activations, which dequantize-and-matmul multiplies several times faster"""
     device: str = CPU_DEVICE
     date: str = CPU_DATE
 
 
 CPU_THRESHOLDS = (
     Threshold("bcq_linear", "lut_gemm", 8, 1, 1),
-    Threshold("bcq_linear", "biqgemm", 1, 256, 64),
-    Threshold("bcq_linear", "biqgemm", 2, 128, 32),
-    Threshold("bcq_linear", "biqgemm", 4, 64, 16),
-    Threshold("bcq_linear", "biqgemm", 8, 32, 8),
-    Threshold("codebook_linear", "codegemm", 1, 64, 16),
-    Threshold("codebook_linear", "codegemm", 2, 32, 8),
-    Threshold("codebook_linear", "codegemm", 4, 16, 4),
+    Threshold("bcq_linear", "biqgemm", 1, NO_CROSSING, NO_CROSSING),
+    Threshold("bcq_linear", "biqgemm", 2, NO_CROSSING, 128),
+    Threshold("bcq_linear", "biqgemm", 3, 512, 60),
+    Threshold("bcq_linear", "biqgemm", 4, 150, 44),
+    Threshold("bcq_linear", "biqgemm", 6, 46, 26),
+    Threshold("bcq_linear", "biqgemm", 8, 30, 20),
+    Threshold("codebook_linear", "codegemm", 1, NO_CROSSING, NO_CROSSING),
+    Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, 100),
+    Threshold("codebook_linear", "codegemm", 4, 125, 45),
+    Threshold("codebook_linear", "codegemm", 8, 32, 20),
+    Threshold("codebook_linear", "codegemm", 16, 16, 10),
 )
+"""Rows of one op from the least to the most costly; the first that fits is taken, "dequantize" when none does."""
+
+
+def look_up_cost(problem: Problem) -> float:
+    """Work of a look-up algorithm per weight and token, in BCQ planes: what its time was found proportional to.
+
+    Codebooks: look-ups per 8 weights. Beyond 8 codebook_bits their tables outgrow registers and L1; building and
+    reading them took 2 times as long at 10 bits and 4 to 5 times at 12.
+    """
+    if problem.op == "bcq_linear":
+        return problem.planes
+    return 8 * problem.planes / problem.vec_len * 2.0 ** (max(0, problem.codebook_bits - 8) / 2)
 
 
 def choose_on_cpu(problem: Problem) -> str:
     """The algorithm of the first row of `CPU_THRESHOLDS` that `problem` fits, or "dequantize"."""
+    cost = look_up_cost(problem)
     for row in CPU_THRESHOLDS:
         tokens = row.max_tokens_bf16 if problem.dtype == torch.bfloat16 else row.max_tokens
-        if row.op == problem.op and problem.planes <= row.max_planes and tokens >= problem.M:
+        if row.op == problem.op and cost <= row.max_cost and tokens >= problem.M:
             return row.algorithm
     return "dequantize"

@@ -120,10 +120,10 @@ def check_space(source: CheckpointFolder, plan: Plan, dst: Path) -> None:
     if dst.is_dir():
         work = [*dst.iterdir(), *(dst / WORK_NAME).glob("*")]
         needed -= sum(path.stat().st_size for path in work if path.is_file() and not is_partial(path))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < needed:
         raise CheckpointError(
-            f"{dst}: needs up to {needed / 1e6:.0f} MB, but the disk has {free / 1e6:.0f} MB free; "
+            f"{dst}: needs up to {needed / 1e6:.0f} MB, but the disk has {usage.free / 1e6:.0f} MB free; "
             "free some space or choose another disk"
         )
 

@@ -37,7 +37,10 @@ def layouts_of(folder: CheckpointFolder, config: CheckpointConfig) -> dict[str, 
     layouts = {}
     for module, entry in config.layers.items():
         header = folder_header(folder, module)
-        layout = layout_of(module, entry, header[2], header[3])
+        try:
+            layout = layout_of(module, entry, header[2], header[3])
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder.folder}: {error}; quantize or download the model again") from None
         if header != layout.header().tolist():
             raise FormatError(
                 f"{folder.folder}: layer {module!r}: header {header} contradicts quantization_config {dict(entry)}; "

@@ -21,8 +21,7 @@ from ..quantize import quantize, weight_error
 from .atomic import atomic_writer
 from .plan import LayerPlan
 from .reader import CheckpointFolder
-from .safetensors_file import OutputTensor, SafetensorsFile, tensor_bytes, write_safetensors
-
+from .safetensors_file import FLOATS, TORCH_DTYPES, OutputTensor, SafetensorsFile, tensor_bytes, write_safetensors
 
 FINITE_SLAB = 1 << 19
 """Weights that are checked for NaN and Inf at a time; the check needs a few bytes for each."""
@@ -84,16 +83,19 @@ def read_weight(source: CheckpointFolder, layer: LayerPlan) -> Tensor:
     return weight.T if layer.transposed else weight
 
 
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Raise `CheckpointError` naming `what` and the first NaN or Inf of a floating 1-D or 2-D tensor."""
+def check_finite(tensor: Tensor, what: str, first: int = 0) -> None:
+    """Raise `CheckpointError` naming `what` and the first NaN or Inf of a floating tensor `[N, K]` or `[n]`.
+
+    first: position of element 0 in the whole, where a 1-D tensor is a part of something larger.
+    """
     rows = tensor.view(1, -1) if tensor.ndim == 1 else tensor
     for slab in row_slabs(len(rows), rows.shape[-1], FINITE_SLAB):
         bad = ~torch.isfinite(rows[slab])
         if bad.any():
-            place = bad.nonzero()[0].tolist()
-            where = [place[0] + slab.start, *place[1:]] if tensor.ndim > 1 else place[1:]
+            n, k = bad.nonzero()[0].tolist()
+            where = f"element {first + k}" if tensor.ndim == 1 else f"row {n + slab.start}, column {k}"
             raise CheckpointError(
-                f"{what} holds NaN or Inf (first at {where}); the checkpoint is damaged or its training diverged, "
+                f"{what} holds NaN or Inf (first in {where}); the checkpoint is damaged or its training diverged, "
                 "download it again or repair that tensor"
             )
 
@@ -174,15 +176,15 @@ def piece_outputs(path: Path, module: str) -> list[OutputTensor]:
 def copied_output(file: SafetensorsFile, tensor: str, name: str) -> OutputTensor:
     """A tensor of SRC that is copied bit by bit; a parameter with NaN or Inf is refused while it passes."""
     entry = file.entries[tensor]
-    checked = entry.dtype in ("F64", "F32", "F16", "BF16") and tensor.endswith((".weight", ".bias"))
+    checked = entry.dtype in FLOATS and tensor.endswith((".weight", ".bias"))
 
     def chunks() -> Iterator[memoryview]:
+        first = 0
         for chunk in file.chunks(tensor):
             if checked:
-                dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-                values = torch.frombuffer(chunk, dtype=dtype[entry.dtype])
-                if not torch.isfinite(values).all():
-                    check_finite(values, f"{file.path}: tensor {tensor!r}")
+                values = torch.frombuffer(chunk, dtype=TORCH_DTYPES[entry.dtype])
+                check_finite(values, f"{file.path}: tensor {tensor!r}", first)
+                first += len(values)
             yield chunk
 
     return OutputTensor(name, entry.dtype, entry.shape, chunks)

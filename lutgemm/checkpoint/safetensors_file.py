@@ -24,7 +24,8 @@ MAX_HEADER = 100_000_000
 """Largest header in bytes, the limit of the safetensors library too."""
 
 CHUNK = 2 << 20
-"""Bytes copied at a time: large enough for full disk speed, small beside any tensor that matters."""
+"""Bytes copied at a time: large enough for full disk speed, small beside any tensor that matters. A multiple of 8, so
+that no element is cut in two."""
 
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),

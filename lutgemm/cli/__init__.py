@@ -20,10 +20,10 @@ VERBS: dict[str, str] = {
     "inspect": "show formats, bits per weight and coverage of a checkpoint",
     "verify": "check a quantized checkpoint against its original",
     "eval": "perplexity of a model on a text file",
-    "generate": "generate text",
+    "generate": "text from a prompt",
     "bench": "time the kernels against torch",
     "env": "show versions, backends and why one is missing",
-    "demo": "quantize, run and compare a real model",
+    "demo": "quantize a real language model and show what it gains and loses",
 }
 """Verb -> its line in `lutgemm --help`; each verb is the module `lutgemm.cli.<verb>`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,11 +14,15 @@ TRANSFORMERS_REGISTRY = "transformers.quantizers.auto"
 """The module of transformers that holds its table of quantizers."""
 
 
-def _register() -> None:
-    try:
-        from .transformers import register
+PLUGIN = f"{__name__}.transformers"
 
-        register()
+
+def _register() -> None:
+    """Import the plug-in, which registers itself; when this happens during its own import, it is about to."""
+    if PLUGIN in sys.modules:
+        return
+    try:
+        importlib.import_module(PLUGIN)
     except ImportError as error:
         warnings.warn(
             f"lutgemm cannot read its checkpoints in this transformers: {error}. Use transformers 5.0 or later.",

@@ -308,7 +308,6 @@ def load(
     dtype: of what is not quantized; None takes the checkpoint's. device: where to put the model; None is the CPU.
     Raises `CheckpointError` when it is not a lutgemm checkpoint or its files are missing, damaged or contradictory.
     """
-    register()
     path = Path(path_or_hub_id)
     is_folder = path.is_dir()
     if is_folder:
@@ -349,3 +348,6 @@ def _model_class(config: Mapping[str, Any]) -> Any:
     if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
         return known
     return transformers.AutoModelForCausalLM
+
+
+register()

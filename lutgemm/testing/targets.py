@@ -23,6 +23,10 @@ class Target:
     def algorithms(self, op: str) -> tuple[str, ...]:
         return registry()[self.backend].algorithms[op]
 
+    def runs_on(self, device: str) -> bool:
+        """Whether the backend takes tensors of this device type."""
+        return not registry()[self.backend].device_types or device in registry()[self.backend].device_types
+
     def active(self) -> AbstractContextManager[None]:
         """While entered, calls of this backend use this instruction set."""
         return cpu.use_isa(self.isa) if self.isa else nullcontext()
