@@ -58,7 +58,7 @@ Tensor bcq_pack_cpu(const Tensor& codes, const Tensor& scales, const std::option
   const BcqWeight weight = bcq_weight({codes, scales, offsets, zeros}, K, group_size, uniform);
   const PackedBcq layout =
       packed_layout(weight.N, K, group_size, weight.bits, uniform, weight.offsets != nullptr, weight.scale_dtype);
-  Tensor packed = empty_cpu({packed_bytes(layout)}, DType::kUInt8);
+  Tensor packed = empty_prepared(packed_bytes(layout));
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   write_packed_header(layout, out);
   torch::stable::parallel_for(0, layout.row_blocks, grain(kRowBlock * weight.words * weight.bits),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +23,7 @@ def _build_reason(name: str) -> str:
     return f"{name} was not built; install with a C++17 compiler on PATH: pip install --force-reinstall --no-deps ."
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_ops(name: str = "_C") -> str | None:
     """Load the operator library `lutgemm/<name>*.so`. None when it is there and loads, else the reason."""
     libraries = sorted(_HERE.glob(f"{name}.so")) + sorted(_HERE.glob(f"{name}.*.so"))
@@ -36,7 +36,7 @@ def load_ops(name: str = "_C") -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def host() -> tuple[ModuleType | None, str | None]:
     """(the torch-free host module `lutgemm._host`, None), or (None, why it is absent)."""
     try:

@@ -17,6 +17,7 @@ from .config import BCQConfig, CodebookConfig
 from .coverage import CoverageReport, LayerReport, SkippedReport
 from .errors import ArgumentError, FormatError, LutgemmError
 from .formats import FORMATS, Layout, QuantizedWeight
+from .quantize import quantize, weight_error
 
 Q = TypeVar("Q", bound="QuantizedLinear")
 
@@ -69,8 +70,6 @@ class QuantizedLinear(nn.Module):
         """
         if cls is not QuantizedLinear and config.format != cls.format:
             raise ArgumentError(f"config: got a {type(config).__name__}, {cls.__name__} takes a {cls.format} one")
-        from .quantize import quantize
-
         weight = dense_weight(linear)
         own = cls if cls is not QuantizedLinear else LINEAR_CLASSES[config.format]
         layer = own(quantize(weight, config), linear.bias, weight.dtype)  # type: ignore[arg-type]
@@ -210,10 +209,8 @@ class Selection:
     @classmethod
     def of(cls, skip: Any = (), include: Any = (), exclude: Any = ()) -> Selection:
         """A selection from strings or sequences of strings (or None). Raises `ArgumentError` for anything else."""
-        return cls(
-            _strings("skip", skip), _patterns("include", _strings("include", include)),
-            _patterns("exclude", _strings("exclude", exclude)),
-        )  # fmt: skip
+        included, excluded = _strings("include", include), _strings("exclude", exclude)
+        return cls(_strings("skip", skip), _patterns("include", included), _patterns("exclude", excluded))
 
     def reason_to_skip(self, name: str) -> str | None:
         """Why the module of that name is left alone, or None when it is taken."""
@@ -330,8 +327,6 @@ def replace_linear(
 
     Raises `ArgumentError` naming the layer when its weight holds NaN or Inf or is on the meta device.
     """
-    from .quantize import weight_error
-
     if _is_linear(model):
         raise ArgumentError(
             f"model: a {type(model).__name__} cannot be replaced in place; "

@@ -178,7 +178,19 @@ def test_suites_are_valid_and_without_repeats(name):
 
 
 def test_smoke_suite_on_the_reference_with_several_threads(capsys):
-    options = ["--backends", "reference", "--algorithms", "dequantize", "--threads", "1,2", "--quick", "--json", "-"]
+    options = [
+        "--backends",
+        "reference",
+        "--algorithms",
+        "dequantize",
+        "--threads",
+        "1,2",
+        "--hot",
+        "--seconds",
+        "0.05",
+        "--json",
+        "-",
+    ]
     assert main(["bench", "--suite", "smoke", *options]) == 0
     records = json.loads(capsys.readouterr().out)["records"]
     assert {(r["op"], r["threads"], r["backend"]) for r in records} == {

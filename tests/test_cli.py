@@ -61,7 +61,7 @@ def test_help_lists_every_verb(capsys):
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_is_a_module_with_help_of_its_own(name, capsys):
     module = importlib.import_module(f"lutgemm.cli.{name}")
-    assert module.NAME == name
+    assert name == module.NAME
     assert module.HELP
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])

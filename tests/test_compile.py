@@ -10,6 +10,9 @@ from torch import nn
 
 import lutgemm
 from lutgemm.backends import reference as reference_backend
+from lutgemm.errors import ArgumentError
+from lutgemm.formats import BCQWeight
+from lutgemm.formats.bcq import pack_bits, unpack_signs
 from lutgemm.nn import QuantizedLinear, replace_linear
 from lutgemm.ops import linear
 
@@ -22,6 +25,15 @@ CONFIGS = {
     ),
 }
 TRAINABLE = {"free": ["scales", "offsets"], "uniform": ["scales"], "codebook": ["scales", "codebooks"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny matrices: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +173,37 @@ def test_gradients_are_those_of_the_dense_layer(kind):
     for ours, exact in [(x, exact_x), (layer.bias, bias), *((getattr(layer, n), given[n]) for n in names)]:
         scale = exact.grad.abs().max()
         assert ((ours.grad.double() - exact.grad).abs().max() / scale) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ratio"])
+def test_gradients_of_hand_made_weights(kind):
+    """Float zeros of an integer grid, and scales that share their plane ratios."""
+    torch.manual_seed(0)
+    codes, groups = pack_bits(torch.rand(3, N, K) < 0.5), -(-K // GROUP)
+    scales = torch.rand(1, N, groups, requires_grad=True)
+    other = {"zeros": torch.rand(N, groups) * 7} if kind == "uniform" else {"ratios": torch.tensor([1.0, 0.6, 0.2])}
+    weight = BCQWeight.build(codes, scales, in_features=K, group_size=GROUP, scale_kind=kind, **other)
+    x, grad_y = torch.randn(5, K), torch.randn(5, N)
+    if kind == "uniform":
+        other["zeros"].requires_grad_(True)
+    linear(x, weight).backward(grad_y)
+
+    group, signs = torch.arange(K) // GROUP, torch.stack([unpack_signs(plane, K) for plane in codes]).double()
+    exact = {"scales": scales, **other}
+    exact = {name: tensor.detach().double().requires_grad_(True) for name, tensor in exact.items()}
+    if kind == "uniform":
+        integer = sum(2.0 ** (2 - b) * (signs[b] + 1) / 2 for b in range(3))
+        dense = exact["scales"][0][:, group] * (integer - exact["zeros"][:, group])
+    else:
+        dense = exact["scales"][0][:, group] * (exact["ratios"][:, None, None] * signs).sum(0)
+    (x.double() @ dense.T).backward(grad_y.double())
+    torch.testing.assert_close(scales.grad.double(), exact["scales"].grad, rtol=1e-5, atol=1e-5)
+    if kind == "uniform":
+        torch.testing.assert_close(other["zeros"].grad.double(), exact["zeros"].grad, rtol=1e-5, atol=1e-5)
+        return
+    other["ratios"].requires_grad_(True)
+    with pytest.raises(ArgumentError, match="ratios do not take a gradient"):
+        linear(x, weight).sum().backward()
 
 
 def test_training_scales_lowers_the_loss():

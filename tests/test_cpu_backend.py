@@ -110,8 +110,8 @@ def test_avx2_and_avx512_give_the_same_bits(case: OpCase):
 @pytest.mark.parametrize("algorithm", TABLES)
 @pytest.mark.parametrize("m", [1, 9])
 def test_bits_do_not_depend_on_threads(algorithm: str, m: int, isa: str):
-    """N is large enough for the work to be cut in two."""
-    i = OpCase(M=m, N=4200 if m == 1 else 1100, K=1024, bits=3, group_size=128, bias=True).inputs()
+    """N is large enough for the work to be cut in two, and at one token for the prepared weight to have huge pages."""
+    i = OpCase(M=m, N=6000 if m == 1 else 1100, K=1024, bits=3, group_size=128, bias=True).inputs()
     alone = run(i.x, i.weight, algorithm, i.bias)
     torch.set_num_threads(2)
     assert_equal(run(i.x, i.weight, algorithm, i.bias), alone)

@@ -103,6 +103,17 @@ def test_identity_activations_return_the_weight(run: KernelRun):
             assert_within(y, weight.dequantize().T, bound, f"{run} {tier}")
 
 
+@pytest.mark.cases(EXACT[::5])
+def test_a_weight_in_training_needs_no_packed_layout(run: KernelRun):
+    """Kernels then read the record itself: the same bits."""
+    inputs = run.case.inputs("exact")
+    inputs.weight.scales.requires_grad_()
+    assert inputs.weight.packed() is None
+    with torch.no_grad():
+        y = run(inputs)
+    assert_equal(y, exact_result(inputs.x, inputs.weight, inputs.bias).detach().to(inputs.x.dtype), str(run))
+
+
 @pytest.mark.cases(STEADY)
 def test_twenty_runs_give_the_same_bits(run: KernelRun):
     inputs = run.case.inputs()

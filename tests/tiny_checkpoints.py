@@ -11,6 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lutgemm.cli import main
+
 SMALL = {
     "vocab_size": 48,
     "hidden_size": 64,
@@ -93,3 +95,15 @@ def edit_json(path: Path, change) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line that `lutgemm arguments` fails with."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("lutgemm: error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    assert "Traceback" not in stderr
+    assert len(stderr) < 1500, "a hostile value is not repeated at length"
+    return stderr

@@ -48,6 +48,12 @@ struct PackedBcq {
   const uint32_t* codes(const uint8_t* group) const { return reinterpret_cast<const uint32_t*>(group + scale_bytes); }
 };
 
+// Asks for as many bytes at `ahead` as a group has scales. Kernels ask for code words as they go, so that together
+// every line is asked for: one left out costs a whole DRAM latency, and the scales are a line or more in every group.
+inline void prefetch_scales(const PackedBcq& weight, const uint8_t* ahead) {
+  for (int64_t at = 0; at < weight.scale_bytes; at += 64) __builtin_prefetch(ahead + at);
+}
+
 constexpr int64_t kPackedHeaderBytes = 64;
 
 // The layout of a weight of these sizes; `blocks` is null.

