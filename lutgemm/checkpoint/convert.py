@@ -205,9 +205,9 @@ class Conversion:
             total = sum(entry.nbytes for file in files.values() for entry in file.entries.values())
             write_file(self.dst / INDEX_NAME, dump_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
         try:
-            (self.dst / STATE_NAME).unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.work)
+            (self.dst / STATE_NAME).unlink(missing_ok=True)
             sync_folder(self.dst)
         except OSError as error:
             raise write_error(self.dst / STATE_NAME, error) from None
