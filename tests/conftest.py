@@ -26,6 +26,7 @@ def backend_names(config: pytest.Config, option: str) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # fixtures of a module too; see `one_thread`
     config.addinivalue_line("markers", "cases(list): the OpCases that the `run` fixture iterates (default: all)")
     for option in ("--require", "--backend"):
         for name in backend_names(config, option):
@@ -93,8 +94,11 @@ def run(request: pytest.FixtureRequest) -> Iterator[KernelRun]:
         torch.use_deterministic_algorithms(deterministic)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """torch's pool held to one thread: small problems gain nothing from more, and lose much on a busy machine."""
+    """torch's pool held to one thread: small problems gain nothing from more, and lose much on a busy machine.
+
+    Tests of threads ask for more within.
+    """
     with torch_threads(1):
         yield

@@ -14,14 +14,6 @@ from lutgemm.cli import main
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def src(tmp_path):
     return tiny.make(tmp_path / "src")

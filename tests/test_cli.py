@@ -11,7 +11,6 @@ import types
 
 import pytest
 import tiny_checkpoints as tiny
-import torch
 
 import lutgemm
 from lutgemm import cli
@@ -21,14 +20,6 @@ from lutgemm.config import BCQConfig, CodebookConfig
 from lutgemm.errors import ArgumentError, LutgemmError
 
 RTN = ["--bits", "2", "--group-size", "32", "--method", "rtn"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -27,15 +27,6 @@ CONFIGS = {
 TRAINABLE = {"free": ["scales", "offsets"], "uniform": ["scales"], "codebook": ["scales", "codebooks"]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny matrices: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()

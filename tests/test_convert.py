@@ -28,14 +28,6 @@ RTN = BCQConfig(bits=3, group_size=32, method="rtn")
 CODEBOOK = CodebookConfig(vec_len=4, codebook_bits=4, group_size=32, iters=2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tiny.make(tmp_path_factory.mktemp("llama") / "src", sharded=True, dtype=torch.bfloat16)

@@ -13,7 +13,6 @@ import time
 
 import pytest
 import tiny_checkpoints as tiny
-import torch
 
 from lutgemm import BCQConfig, CheckpointError
 from lutgemm.checkpoint import atomic, convert, quantize_checkpoint
@@ -21,14 +20,6 @@ from lutgemm.checkpoint.state import STATE_NAME, WORK_NAME, locked
 from lutgemm.checkpoint.verification import verify_checkpoint
 
 RTN = BCQConfig(bits=3, group_size=32, method="rtn")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

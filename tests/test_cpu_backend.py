@@ -41,15 +41,6 @@ BLOCKS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """One thread, so that small problems do not wait for a busy machine; tests of threads ask for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with cpu.use_isa(request.param):

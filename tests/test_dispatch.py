@@ -18,8 +18,6 @@ from lutgemm.testing.cases import CASES, OpCase
 backends = importlib.import_module("lutgemm.backends")
 """The module; `lutgemm.backends` is the function of that name."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROBLEM = Problem("bcq_linear", "cpu", torch.float32, 1, 20, 72, 32, 2, "free")
 
 

@@ -21,15 +21,6 @@ CODEBOOK = lutgemm.CodebookConfig(codebook_bits=6, group_size=32, iters=2)
 CONFIGS = [FREE, UNIFORM, CODEBOOK]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny matrices: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_linear(n: int = 24, k: int = 70, bias: bool = True) -> nn.Linear:
     torch.manual_seed(n * 1000 + k)
     return nn.Linear(k, n, bias=bias)

@@ -16,8 +16,6 @@ from lutgemm.ops import linear
 from lutgemm.testing.cases import CASES, Inputs, OpCase
 from lutgemm.testing.numerics import assert_within, error_bound, exact_result
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ALGORITHMS = {"bcq_linear": ("lut_gemm", "biqgemm", "dequantize"), "codebook_linear": ("codegemm", "dequantize")}
 FUNCTIONS = {"bcq_linear": lutgemm.bcq_linear, "codebook_linear": lutgemm.codebook_linear}
 EACH = [(op, algorithm) for op, names in ALGORITHMS.items() for algorithm in names]

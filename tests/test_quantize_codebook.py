@@ -10,15 +10,6 @@ from lutgemm.quantize import quantize, quantize_codebook, slabs, weight_error
 from lutgemm.quantize.kmeans import assign, centroids, cluster_sums
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Many small operations: on a busy machine threads that wait for each other cost far more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def normal(n, k, seed=0):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 

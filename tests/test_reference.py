@@ -8,8 +8,6 @@ from lutgemm.formats import BCQWeight, CodebookWeight
 from lutgemm.testing.cases import CASES, OpCase
 from lutgemm.testing.numerics import assert_equal, assert_within, error_bound, exact_result
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ALGORITHMS = {
     "bcq_linear": {"lut_gemm": reference.lut_gemm, "biqgemm": reference.biqgemm},
     "codebook_linear": {"codegemm": reference.codegemm},

@@ -14,12 +14,11 @@
 #endif
 
 #if defined(__clang__)
-#define LUTGEMM_TARGET_AVX2_BEGIN \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
-#define LUTGEMM_TARGET_AVX512_BEGIN                                                                          \
-  _Pragma(                                                                                                   \
-      "clang attribute push(__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl\"))), " \
-      "apply_to = function)")
+#define LUTGEMM_PRAGMA(text) _Pragma(#text)
+#define LUTGEMM_TARGET_BEGIN(features) \
+  LUTGEMM_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LUTGEMM_TARGET_AVX2_BEGIN LUTGEMM_TARGET_BEGIN("avx2,fma,f16c")
+#define LUTGEMM_TARGET_AVX512_BEGIN LUTGEMM_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define LUTGEMM_TARGET_END _Pragma("clang attribute pop")
 #else
 #define LUTGEMM_TARGET_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
@@ -35,7 +34,8 @@ inline Isa cpu_isa() {
 #if LUTGEMM_X86
   static const Isa found = [] {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    // Every CPU with AVX2 has F16C, a name that older clang does not know here.
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;

@@ -41,6 +41,7 @@ def _int_list(text: str) -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(usage_error=parser.error)
     parser.add_argument("src", metavar="SRC", help="checkpoint folder, or a hub id to download")
     parser.add_argument("dst", metavar="DST", nargs="?", help="new folder for the result (not needed with --dry-run)")
     parser.add_argument("--format", choices=sorted(CONFIGS), help="weight format (default: bcq)")
@@ -147,7 +148,7 @@ def options_of(args: argparse.Namespace) -> Options:
 def run(args: argparse.Namespace) -> int:
     options = options_of(args)
     if args.dst is None and not args.dry_run:
-        raise ArgumentError("DST is missing; give a new folder for the result, or --dry-run")
+        args.usage_error("DST is missing; give a new folder for the result, or --dry-run")
     use_threads(args.threads)
     source = local_folder(args.src, args.revision)
     if args.dry_run:
