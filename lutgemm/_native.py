@@ -39,9 +39,9 @@ def load_ops(name: str = "_C") -> str | None:
 @cache
 def host() -> tuple[ModuleType | None, str | None]:
     """(the torch-free host module `lutgemm._host`, None), or (None, why it is absent)."""
+    if not list(_HERE.glob("_host.*.so")):
+        return None, _build_reason("_host")
     try:
         return importlib.import_module("lutgemm._host"), None
     except ImportError as error:
-        if list(_HERE.glob("_host*.so")):
-            return None, f"_host does not load: {error}"
-        return None, _build_reason("_host")
+        return None, f"_host does not load: {error}"

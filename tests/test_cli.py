@@ -186,7 +186,9 @@ def test_dry_run_text(src, capsys):
 
 
 def test_destination_is_needed(src, capsys):
-    assert main(["quantize", str(src)]) == 1
+    with pytest.raises(SystemExit) as stop:
+        main(["quantize", str(src)])
+    assert stop.value.code == 2
     assert "DST is missing" in capsys.readouterr().err
 
 
