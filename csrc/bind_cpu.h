@@ -62,9 +62,10 @@ inline void check_tensor(const Tensor& t, const char* name, std::initializer_lis
   check(t.is_contiguous(), name, ": must be contiguous");
 }
 
-// fp32, fp16 or bf16.
-inline DType float_dtype(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
+// fp32, fp16 or bf16. Operators take a dtype as ScalarType, and no strings: torch's conversion of a string argument
+// leaks it, and the small blocks that stay behind keep freed weights' memory from being used again.
+inline DType float_dtype(ScalarType dtype, const char* name) {
+  switch (dtype) {
     case ScalarType::Float:
       return DType::kFloat32;
     case ScalarType::Half:
@@ -77,13 +78,7 @@ inline DType float_dtype(const Tensor& t, const char* name) {
   }
 }
 
-// The dtype called `name` as an argument of `*_dequantize`.
-inline DType dtype_from_name(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float16") return DType::kFloat16;
-  check(name == "bfloat16", "dtype='", name, "': use float32, float16 or bfloat16");
-  return DType::kBFloat16;
-}
+inline DType float_dtype(const Tensor& t, const char* name) { return float_dtype(t.scalar_type(), name); }
 
 inline ScalarType scalar_type(DType dtype) {
   switch (dtype) {

@@ -86,10 +86,9 @@ void run_biqgemm(const PackedBcq& weight, Isa isa, const Io& io) {
                               [&](int64_t begin, int64_t end) { biqgemm_rows(weight, isa, io, begin, end); });
 }
 
-Tensor bcq_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
-                      const std::string& algorithm, int64_t isa_number) {
+Tensor bcq_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N, bool biqgemm,
+                      int64_t isa_number) {
   const Isa isa = requested_isa(isa_number);
-  check(algorithm == "lut_gemm" || algorithm == "biqgemm", "algorithm='", algorithm, "': use lut_gemm or biqgemm");
   check_tensor(packed, "packed", {-1});
   check(packed.scalar_type() == ScalarType::Byte, "packed: must be uint8");
   PackedBcq weight;
@@ -99,15 +98,15 @@ Tensor bcq_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional
   Tensor y;
   const Io io = make_io(x, bias, y, weight.N, weight.K);
   if (io.M == 0) return y;
-  algorithm == "lut_gemm" ? run_lut_gemm(weight, isa, io) : run_biqgemm(weight, isa, io);
+  biqgemm ? run_biqgemm(weight, isa, io) : run_lut_gemm(weight, isa, io);
   return y;
 }
 
 Tensor bcq_dequantize_cpu(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets,
                           const std::optional<Tensor>& zeros, int64_t K, int64_t group_size, bool uniform,
-                          int64_t row_begin, int64_t row_end, const std::string& dtype_name, int64_t isa_number) {
+                          int64_t row_begin, int64_t row_end, ScalarType scalar_type, int64_t isa_number) {
   const Isa isa = requested_isa(isa_number);
-  const DType dtype = dtype_from_name(dtype_name);
+  const DType dtype = float_dtype(scalar_type, "dtype");
   const BcqWeight weight = bcq_weight({codes, scales, offsets, zeros}, K, group_size, uniform);
   check_range("row_begin", row_begin, 0, weight.N);
   check_range("row_end", row_end, row_begin, weight.N);
@@ -130,10 +129,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
   m.def(
       "_bcq_pack_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, bool uniform) "
       "-> Tensor");
-  m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, str algorithm, int isa) -> Tensor");
+  m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, bool biqgemm, int isa) -> Tensor");
   m.def(
       "_bcq_dequantize_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, "
-      "bool uniform, int row_begin, int row_end, str dtype, int isa) -> Tensor");
+      "bool uniform, int row_begin, int row_end, ScalarType dtype, int isa) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lutgemm, CompositeExplicitAutograd, m) {

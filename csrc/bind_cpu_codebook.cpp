@@ -92,12 +92,12 @@ Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, 
 }
 
 Tensor dequantize_op(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t K, int64_t group_size,
-                     int64_t row_begin, int64_t row_end, std::string dtype_name, int64_t isa_number) {
+                     int64_t row_begin, int64_t row_end, bind::ScalarType scalar_type, int64_t isa_number) {
   const Isa isa = bind::requested_isa(isa_number);
   const CodebookWeight w = make_weight(codes, codebooks, scales, K, group_size);
   check_range("row_begin", row_begin, 0, w.N);
   check_range("row_end", row_end, row_begin, w.N);
-  const DType dtype = bind::dtype_from_name(dtype_name);
+  const DType dtype = bind::float_dtype(scalar_type, "dtype");
   Tensor out = bind::empty_cpu({row_end - row_begin, K}, dtype);
   char* data = static_cast<char*>(out.mutable_data_ptr());
   const int64_t row_bytes = K * (dtype == DType::kFloat32 ? 4 : 2);
@@ -117,7 +117,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
       "int group_size, int isa) -> Tensor");
   m.def(
       "_codebook_dequantize_cpu(Tensor codes, Tensor codebooks, Tensor scales, int K, int group_size, int row_begin, "
-      "int row_end, str dtype, int isa) -> Tensor");
+      "int row_end, ScalarType dtype, int isa) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lutgemm, CPU, m) {

@@ -146,16 +146,16 @@ def test_conversions_agree_with_torch_on_every_value(dtype: torch.dtype, isa: st
     narrow = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     codes = torch.ones(1, 1, 1, dtype=torch.int32)
 
-    def convert(scales: Tensor, to: str) -> Tensor:
+    def convert(scales: Tensor, to: torch.dtype) -> Tensor:
         arguments = (codes.expand(1, len(scales), 1).contiguous(), scales.view(1, -1, 1), None, None, 1, 32, False)
         return torch.ops.lutgemm._bcq_dequantize_cpu(*arguments, 0, len(scales), to, cpu.ISAS.index(isa)).flatten()
 
-    torch.testing.assert_close(convert(narrow, "float32"), narrow.float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(convert(narrow, torch.float32), narrow.float(), rtol=0, atol=0, equal_nan=True)
     near = narrow.float().view(torch.int32)
     half = 1 << (12 if dtype == torch.float16 else 15)
     wide = torch.cat([near + step for step in (0, half - 1, half, half + 1)]).view(torch.float32)
     wide = torch.cat([wide, torch.tensor([65519.9, 65520.0, -7e4, 2.0**-25, 2.0**-24 * 0.75, 1e-45, 3.4e38])])
-    found = convert(wide, str(dtype).removeprefix("torch."))
+    found = convert(wide, dtype)
     torch.testing.assert_close(found, wide.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -274,7 +274,7 @@ def damaged(offset: int, values: list[int]) -> Tensor:
 )
 def test_a_wrong_packed_weight_is_refused(packed, text: str):
     with pytest.raises(RuntimeError, match=text):
-        torch.ops.lutgemm._bcq_linear_cpu(torch.zeros(2, 100), packed(), None, 70, "biqgemm", 0)
+        torch.ops.lutgemm._bcq_linear_cpu(torch.zeros(2, 100), packed(), None, 70, True, 0)
 
 
 @pytest.mark.parametrize(
@@ -287,14 +287,13 @@ def test_a_wrong_packed_weight_is_refused(packed, text: str):
         ({"bias": torch.zeros(71)}, "bias: got shape"),
         ({"bias": torch.zeros(70, dtype=torch.float16)}, "bias: must have the dtype of x"),
         ({"N": 64}, "packed: it holds N=70"),
-        ({"algorithm": "fastest"}, "algorithm='fastest'"),
         ({"isa": 3}, "isa=3: must be from 0 to 2"),
         ({"isa": -1}, "isa=-1"),
     ],
 )
 def test_the_raw_operator_checks_its_arguments(changes: dict, text: str):
     packed = torch.ops.lutgemm._bcq_pack_cpu(*record(PACKED))
-    arguments = {"x": torch.zeros(2, 100), "packed": packed, "bias": None, "N": 70, "algorithm": "lut_gemm", "isa": 0}
+    arguments = {"x": torch.zeros(2, 100), "packed": packed, "bias": None, "N": 70, "biqgemm": False, "isa": 0}
     assert torch.ops.lutgemm._bcq_linear_cpu(**arguments).shape == (2, 70)
     with pytest.raises(RuntimeError, match=text):
         torch.ops.lutgemm._bcq_linear_cpu(**(arguments | changes))
@@ -331,13 +330,13 @@ def test_packing_checks_its_arguments(changes: dict, text: str):
 @pytest.mark.parametrize(
     ("rows", "dtype", "text"),
     [
-        ((-1, 3), "float32", "row_begin=-1"),
-        ((3, 2), "float32", "row_end=2: must be from 3 to 70"),
-        ((0, 71), "float32", "row_end=71"),
-        ((0, 70), "float64", "dtype='float64'"),
+        ((-1, 3), torch.float32, "row_begin=-1"),
+        ((3, 2), torch.float32, "row_end=2: must be from 3 to 70"),
+        ((0, 71), torch.float32, "row_end=71"),
+        ((0, 70), torch.float64, "dtype: must be float32"),
     ],
 )
-def test_dequantizing_checks_its_arguments(rows: tuple[int, int], dtype: str, text: str):
+def test_dequantizing_checks_its_arguments(rows: tuple[int, int], dtype: torch.dtype, text: str):
     with pytest.raises(RuntimeError, match=text):
         torch.ops.lutgemm._bcq_dequantize_cpu(*record(PACKED), *rows, dtype, 0)
 
@@ -347,5 +346,5 @@ def test_dequantizing_some_rows(isa: str):
         if case.scale_kind != "ratio":
             weight, rows = case.weight(), slice(case.N // 3, case.N - case.N // 4)
             number = cpu.ISAS.index(isa)
-            w = torch.ops.lutgemm._bcq_dequantize_cpu(*record(weight), rows.start, rows.stop, "float16", number)
+            w = torch.ops.lutgemm._bcq_dequantize_cpu(*record(weight), rows.start, rows.stop, torch.float16, number)
             assert_equal(w, weight.dequantize(torch.float16, rows), case.name)

@@ -131,19 +131,18 @@ def _prepare(weight: QuantizedWeight) -> Tensor | None:
 
 
 def _dequantized_linear(x: Tensor, out_features: int, bias: Tensor | None, rows: Callable[..., Tensor]) -> Tensor:
-    """x `[M, K]` times a weight made panel by panel. rows(begin, end, dtype name) returns W[begin:end].
+    """x `[M, K]` times a weight made panel by panel. rows(begin, end, dtype) returns W[begin:end].
 
     fp16 is multiplied in fp32, which torch does several times faster on a CPU, and rounded once.
     """
     wide = x.dtype == torch.float16
     inner, inner_bias = (x.float(), None if bias is None else bias.float()) if wide else (x, bias)
-    dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float32"
     panel = max(1, PANEL_BYTES // (x.shape[1] * inner.element_size()))
     y = x.new_empty(x.shape[0], out_features)
     for begin in range(0, out_features, panel):
         end = min(out_features, begin + panel)
         panel_bias = None if inner_bias is None else inner_bias[begin:end]
-        y[:, begin:end] = torch.nn.functional.linear(inner, rows(begin, end, dtype), panel_bias)
+        y[:, begin:end] = torch.nn.functional.linear(inner, rows(begin, end, inner.dtype), panel_bias)
     return y
 
 
@@ -166,13 +165,13 @@ def _bcq_linear(
         record = _bcq_tensors(codes, scales, offsets, zeros, ratios, x.shape[1], group_size, scale_kind)
     if algorithm == "dequantize":
 
-        def rows(begin: int, end: int, dtype: str) -> Tensor:
+        def rows(begin: int, end: int, dtype: torch.dtype) -> Tensor:
             return torch.ops.lutgemm._bcq_dequantize_cpu(*record, begin, end, dtype, isa)
 
         return _dequantized_linear(x, out_features, bias, rows)
     if packed is None:
         packed = torch.ops.lutgemm._bcq_pack_cpu(*record)
-    return torch.ops.lutgemm._bcq_linear_cpu(x, packed, bias, out_features, algorithm, isa)
+    return torch.ops.lutgemm._bcq_linear_cpu(x, packed, bias, out_features, algorithm == "biqgemm", isa)
 
 
 def _codebook_linear(
@@ -190,7 +189,7 @@ def _codebook_linear(
     record = (codes.contiguous(), codebooks.contiguous(), scales.contiguous())
     if algorithm == "dequantize":
 
-        def rows(begin: int, end: int, dtype: str) -> Tensor:
+        def rows(begin: int, end: int, dtype: torch.dtype) -> Tensor:
             return torch.ops.lutgemm._codebook_dequantize_cpu(*record, x.shape[1], group_size, begin, end, dtype, isa)
 
         return _dequantized_linear(x, codes.shape[1], bias, rows)

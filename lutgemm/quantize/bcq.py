@@ -20,6 +20,7 @@ from .slabs import (
     check_weight,
     column_blocks,
     group_importance,
+    one_thread,
     power_of_two,
     read,
     slabs,
@@ -61,9 +62,10 @@ def quantize_bcq(
     importance = check_hessian(hessian, weight)
     size = resolve_group_size(group_size, k, GROUP_MULTIPLE)
     kind = _decide(config)
-    if kind == "auto":
-        kind = _cheaper_kind(weight, importance, config, size)
-    return _Result(config, kind, n, k, size, weight.device).fill(weight, importance)
+    with one_thread(weight.device):
+        if kind == "auto":
+            kind = _cheaper_kind(weight, importance, config, size)
+        return _Result(config, kind, n, k, size, weight.device).fill(weight, importance)
 
 
 def _decide(config: BCQConfig) -> str:

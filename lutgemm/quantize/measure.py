@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..formats import QuantizedWeight
-from .slabs import check_weight, read, slabs
+from .slabs import check_weight, one_thread, read, slabs
 
 
 def weight_error(weight: Tensor, q: QuantizedWeight, importance: Tensor | None = None) -> tuple[float, float]:
@@ -21,12 +21,13 @@ def weight_error(weight: Tensor, q: QuantizedWeight, importance: Tensor | None =
         raise ArgumentError(f"weight is {n}x{k}, but the quantized weight is {q.shape[0]}x{q.shape[1]}")
     columns = None if importance is None else importance.to(weight.device, torch.float64)
     error = energy = 0.0
-    for rows in slabs(n, k):
-        exact = read(weight, rows).to(torch.float64)
-        difference = exact - q.dequantize(torch.float32, rows).to(exact)
-        for_sum = (difference.square(), exact.square())
-        if columns is not None:
-            for_sum = (for_sum[0] * columns, for_sum[1] * columns)
-        error += float(for_sum[0].sum())
-        energy += float(for_sum[1].sum())
+    with one_thread(weight.device):
+        for rows in slabs(n, k):
+            exact = read(weight, rows).to(torch.float64)
+            difference = exact - q.dequantize(torch.float32, rows).to(exact)
+            for_sum = (difference.square(), exact.square())
+            if columns is not None:
+                for_sum = (for_sum[0] * columns, for_sum[1] * columns)
+            error += float(for_sum[0].sum())
+            energy += float(for_sum[1].sum())
     return error, energy
