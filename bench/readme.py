@@ -1,6 +1,7 @@
 """Markdown tables of README.md out of committed runs: `python -m lutgemm.bench.readme README.md bench/results`.
 
-A table lies between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the stem of the run's JSON file.
+A table lies between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the stem of the JSON file of a run of
+`lutgemm bench` or `lutgemm demo`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lutgemm.demo.table import render_markdown
 
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -25,31 +28,37 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _fastest(run: Mapping[str, Any], mode: str) -> dict[tuple[Any, ...], Mapping[str, Any]]:
+    """Case and threads -> its fastest correct record of one mode."""
+    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for record in run["records"]:
+        key = (_weights(record), record["N"], record["K"], record["threads"], record["M"])
+        if record["mode"] == mode and record["correct"] and record["median_us"] is not None:
+            best[key] = min(record, best.get(key, record), key=lambda r: r["median_us"])
+    return best
+
+
 def kernel_table(run: Mapping[str, Any]) -> str:
-    """The fastest algorithm of each case, threads and mode, with its ratio to torch of the same seconds.
+    """The fastest algorithm of each case with weights from memory, and its ratio to torch of the same seconds.
 
     A ratio below 1 is in bold: there torch is faster.
     """
-    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for record in run["records"]:
-        key = (record["M"], record["N"], record["K"], _weights(record), record["threads"], record["mode"])
-        if record["correct"] and (key not in best or record["median_us"] < best[key]["median_us"]):
-            best[key] = record
-    head = ("weights", "bits per weight", "N x K", "M", "algorithm", "weights in", "us", "x fp32", "x bf16", "error")
+    hot = _fastest(run, "hot")
+    head = ("weights", "bits/weight", "N x K", "M", "algorithm", "us", "x fp32", "x bf16", "us in cache", "error")
     rows = []
-    for key, record in sorted(best.items(), key=lambda item: (item[0][3], *item[0][:3])):
-        ratios = [record["speedup_fp32"], record["speedup_bf16"]]
+    for key, record in sorted(_fastest(run, "cold").items()):
+        ratios = (record["speedup_fp32"], record["speedup_bf16"])
         cells = [f"**{_cell(r, '.2f')}**" if r is not None and r < 1 else _cell(r, ".1f") for r in ratios]
         rows.append(
             (
-                key[3],
+                key[0],
                 f"{record['bits_per_weight']:.2f}",
                 f"{record['N']}x{record['K']}",
                 str(record["M"]),
-                record["algorithm"],
-                {"cold": "memory", "hot": "cache"}[record["mode"]],
+                f"`{record['algorithm']}`",
                 f"{record['median_us']:.0f}",
                 *cells,
+                _cell(hot[key]["median_us"] if key in hot else None, ".0f"),
                 f"{record['error']:.0e}",
             )
         )
@@ -59,12 +68,18 @@ def kernel_table(run: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", source])
 
 
+def demo_table(record: Mapping[str, Any]) -> str:
+    """The table of `lutgemm demo`, out of its results.json."""
+    text = f"perplexity on {record['text']}, context {record['context']}"
+    return f"{render_markdown(record)}\n{record['machine']}, torch {record['versions']['torch']}, `make demo`; {text}"
+
+
 def update(text: str, results: Path) -> str:
     """`text` with every marked table made anew from `results/<name>.json`."""
 
     def table(match: re.Match[str]) -> str:
         run = json.loads((results / f"{match['name']}.json").read_text("utf-8"))
-        return f"{match[1]}{kernel_table(run)}\n{match[3]}"
+        return f"{match[1]}{kernel_table(run) if 'records' in run else demo_table(run)}\n{match[3]}"
 
     return MARKED.sub(table, text)
 

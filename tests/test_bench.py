@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from lutgemm.bench import baselines, machine, report, runner, shapes
 
 from lutgemm.backends import backends
+from lutgemm.bench import baselines, machine, report, runner, shapes
 from lutgemm.cli import main
 from lutgemm.errors import ArgumentError
 from lutgemm.ops import linear

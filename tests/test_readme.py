@@ -10,6 +10,7 @@ import pytest
 from test_eval import TEXT, char_tokenizer, tiny_llama
 
 from lutgemm import cli
+from lutgemm.bench import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else ""
@@ -53,6 +54,11 @@ def test_make_targets_exist(command, tmp_path):
     )
     assert plan.returncode == 0, plan.stderr
     assert {"make test": "pytest", "make demo": "lutgemm"}[command] in plan.stdout
+
+
+def test_tables_are_those_of_the_committed_runs():
+    assert len(readme.MARKED.findall(README)) == 2
+    assert readme.update(README, ROOT / "bench" / "results") == README
 
 
 def test_lutgemm_commands_and_python_blocks(folder, monkeypatch, capsys):
