@@ -26,6 +26,7 @@ constexpr int kMaxBits = 8;
 //
 // c = (2^bits - 1) / 2 - zero. A code word holds 32 consecutive k of one row and plane, lowest bit first, so that the
 // 16 words of a vector are 16 rows' indices into one table. Rows beyond N and bits beyond K are zero.
+// kPackedTailBytes of zeros end it.
 struct PackedBcq {
   int64_t N, K, G, words, group_size;
   int bits;
@@ -55,6 +56,9 @@ inline void prefetch_scales(const PackedBcq& weight, const uint8_t* ahead) {
 }
 
 constexpr int64_t kPackedHeaderBytes = 64;
+
+// Zeros behind the blocks: kernels load code words from up to 3 bytes further on.
+constexpr int64_t kPackedTailBytes = 64;
 
 // The layout of a weight of these sizes; `blocks` is null.
 PackedBcq packed_layout(int64_t N, int64_t K, int64_t group_size, int bits, bool uniform, bool has_offsets,

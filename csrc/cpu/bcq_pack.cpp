@@ -63,7 +63,9 @@ PackedBcq packed_layout(int64_t N, int64_t K, int64_t group_size, int bits, bool
   return p;
 }
 
-int64_t packed_bytes(const PackedBcq& layout) { return kPackedHeaderBytes + layout.row_blocks * layout.block_bytes; }
+int64_t packed_bytes(const PackedBcq& layout) {
+  return kPackedHeaderBytes + layout.row_blocks * layout.block_bytes + kPackedTailBytes;
+}
 
 void write_packed_header(const PackedBcq& p, uint8_t* packed) {
   const Header header{
@@ -71,6 +73,7 @@ void write_packed_header(const PackedBcq& p, uint8_t* packed) {
       packed_bytes(p)};
   std::memset(packed, 0, kPackedHeaderBytes);
   std::memcpy(packed, &header, sizeof header);
+  std::memset(packed + header.bytes - kPackedTailBytes, 0, kPackedTailBytes);
 }
 
 void pack_row_blocks(const BcqWeight& weight, const PackedBcq& p, int64_t begin, int64_t end, uint8_t* packed) {

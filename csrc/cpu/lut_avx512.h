@@ -82,5 +82,10 @@ inline __m512 look_up_add(int r, __m512 table, __m512i index, __m512 sum) {
 
 inline __m512i load_indices(const uint32_t* words, int r) { return _mm512_loadu_si512(words + r * kLanes); }
 
+// The same words shifted right by `octet` bytes (what comes in from the next word lies above the bits that are read).
+inline __m512i load_indices(const uint32_t* words, int r, int octet) {
+  return _mm512_loadu_si512(reinterpret_cast<const uint8_t*>(words + r * kLanes) + octet);
+}
+
 }  // namespace lutgemm::avx512
 LUTGEMM_TARGET_END

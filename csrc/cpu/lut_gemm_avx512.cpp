@@ -2,9 +2,11 @@
 //
 //   y[64 rows] += sum over groups, planes and table slices of scale * table[slice][nibble of the code word]
 //
-// Registers of one code word position: 8 tables, 4 index vectors (64 rows), and 4 sums for each of up to 4 planes. Each
-// table is loaded once for all those planes. More than 4 planes: the group's words are read again for the rest, from
-// L1.
+// Registers of one code word position: 8 tables and 4 sums for each of up to 4 planes. Each table is loaded once for
+// all those planes. More than 4 planes: the group's words are read again for the rest, from L1.
+//
+// Look-ups and shifts share two execution ports (Zen 4), which bound this loop. So of the 8 slices of a word, every
+// second gets its indices by a load from the next byte in place of a shift (weights in cache: 11 % faster).
 #include "isa.h"
 #if LUTGEMM_X86
 #include "lut_avx512.h"
@@ -40,18 +42,17 @@ inline void add_planes(const GroupTask& task, const GroupScales& scales, __m512 
     const uint32_t* words = task.codes + (w * task.bits + task.first_plane) * kRowBlock;
 #pragma GCC unroll 4
     for (int p = 0; p < kPlanes; ++p, words += kRowBlock) {
-      __m512i index[kVectors];
 #pragma GCC unroll 4
       for (int r = 0; r < kVectors; ++r) {
-        index[r] = load_indices(words, r);
         _mm_prefetch(reinterpret_cast<const char*>(words + r * kLanes) + kPrefetchBytes, _MM_HINT_T0);
       }
-#pragma GCC unroll 8
-      for (int s = 0; s < kSlices; ++s) {
+#pragma GCC unroll 4
+      for (int octet = 0; octet < kSlices / 2; ++octet) {
 #pragma GCC unroll 4
         for (int r = 0; r < kVectors; ++r) {
-          dot[p][r] = look_up_add(r, table[s], index[r], dot[p][r]);
-          if (s + 1 < kSlices) index[r] = _mm512_srli_epi32(index[r], 4);
+          const __m512i index = load_indices(words, r, octet);
+          dot[p][r] = look_up_add(r, table[2 * octet], index, dot[p][r]);
+          dot[p][r] = look_up_add(r, table[2 * octet + 1], _mm512_srli_epi32(index, 4), dot[p][r]);
         }
       }
     }
