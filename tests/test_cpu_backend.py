@@ -221,10 +221,10 @@ def test_the_environment_variable(value: str, reason: str | None, monkeypatch: p
 
 def test_choice_follows_the_table():
     problem = Problem("bcq_linear", "cpu", torch.float32, 1, 4096, 4096, 128, 4, "free")
-    chosen = [heuristics.choose_on_cpu(replace(problem, M=m)) for m in (0, 1, 2, 64, 10**6)]
+    chosen = [heuristics.choose_on_cpu(problem._replace(M=m)) for m in (0, 1, 2, 64, 10**6)]
     assert chosen == ["lut_gemm", "lut_gemm", "biqgemm", "biqgemm", "dequantize"]
-    assert heuristics.choose_on_cpu(replace(problem, M=64, dtype=torch.bfloat16)) == "dequantize"
-    assert heuristics.choose_on_cpu(replace(problem, M=64, planes=8)) == "dequantize"
+    assert heuristics.choose_on_cpu(problem._replace(M=64, dtype=torch.bfloat16)) == "dequantize"
+    assert heuristics.choose_on_cpu(problem._replace(M=64, planes=8)) == "dequantize"
     books = Problem("codebook_linear", "cpu", torch.float32, 64, 4096, 4096, 128, 2, vec_len=4, codebook_bits=8)
     assert heuristics.choose_on_cpu(books) == "codegemm"
     assert heuristics.choose_on_cpu(replace(books, codebook_bits=12)) == "dequantize"

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,8 @@ from ..formats import QuantizedWeight
 AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One call, as far as a choice depends on it."""
+class Problem(NamedTuple):
+    """One call, as far as a choice depends on it. A tuple: one is made and hashed in every call."""
 
     op: str
     """"bcq_linear" or "codebook_linear"."""

@@ -23,9 +23,9 @@ from .hardware import last_level_cache
 Call = Callable[[], object]
 
 VISIT_SECONDS = 0.01
-"""One visit to a callable lasts at least this long (and two counted calls). Right after a callable that went through all
-caches, calls of 350 us took up to 490, code and interpreter being cold too, which they are not between the layers of a
-model; tens of calls a visit leave such firsts out of the median, and many visits of each still fit in a second."""
+"""One visit to a callable lasts at least this long (and two counted calls). Right after a callable that went through
+all caches, calls of 350 us took up to 490, code and interpreter being cold too, which they are not between the layers
+of a model; tens of calls a visit leave such firsts out of the median, and many visits of each still fit in a second."""
 COLD_CACHES = 4
 """Cold copies together exceed the last-level cache by this factor, so that no part of one survives a round."""
 MAX_COLD_BYTES = 200 << 20
