@@ -227,7 +227,7 @@ def test_choice_follows_the_table():
     assert heuristics.choose_on_cpu(problem._replace(M=64, planes=8)) == "dequantize"
     books = Problem("codebook_linear", "cpu", torch.float32, 64, 4096, 4096, 128, 2, vec_len=4, codebook_bits=8)
     assert heuristics.choose_on_cpu(books) == "codegemm"
-    assert heuristics.choose_on_cpu(replace(books, codebook_bits=12)) == "dequantize"
+    assert heuristics.choose_on_cpu(books._replace(codebook_bits=12)) == "dequantize"
 
 
 def test_every_row_of_the_table_can_be_taken():
