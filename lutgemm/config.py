@@ -115,6 +115,6 @@ CONFIGS: dict[str, type[BCQConfig] | type[CodebookConfig]] = {"bcq": BCQConfig, 
 def config_from_dict(entry: Mapping[str, Any]) -> BCQConfig | CodebookConfig:
     """The configuration that `to_dict` wrote. Raises `ArgumentError` naming what is wrong."""
     name = entry.get("format")
-    if name not in CONFIGS:
+    if not isinstance(name, str) or name not in CONFIGS:
         raise ArgumentError(f"format={name!r} is unknown; use one of {sorted(CONFIGS)}")
     return CONFIGS[name].from_dict(entry)

@@ -12,17 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..errors import ArgumentError, CheckpointError
+from ..errors import CheckpointError
 from ..formats import layout_from_dict
 from ..integrations.quantization_config import build
 from .atomic import atomic_writer, is_partial, sync_folder, write_error, write_file
 from .card import model_card
 from .json_file import INDEX_LIMIT, dump_json, read_json
-from .plan import Config, LayerPlan, Options, Plan, largest_layout, make_plan
+from .plan import Config, LayerPlan, Options, Plan, check_device, largest_layout, make_plan
 from .reader import CONFIG_NAME, INDEX_NAME, REPORT_NAME, CheckpointFolder, open_source
 from .records import (
     LayerResult,
@@ -67,6 +66,7 @@ def quantize_checkpoint(
     source, target = open_source(src), Path(dst)
     mark = fingerprint(source, options, __version__)
     if resume and (report := _finished_report(target, mark)):
+        _check_shards_are_there(source, target)
         return report
     plan = make_plan(source, options)
     check_space(source, plan, target)
@@ -83,24 +83,21 @@ def quantize_checkpoint(
         return conversion.finish(base_model or source.folder.resolve().name, mark)
 
 
-def check_device(device: str) -> str:
-    """`device` when torch has it; otherwise `ArgumentError`."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ArgumentError(
-            f"device={device!r} is not available: {first}; use 'cpu', or a device that torch lists"
-        ) from None
-    return device
-
-
 def _finished_report(dst: Path, mark: str) -> dict[str, Any] | None:
     """The report in `dst` when a conversion with this fingerprint has ended there already."""
     if (dst / STATE_NAME).exists() or not (dst / REPORT_NAME).exists():
         return None
     report = read_json(dst / REPORT_NAME, INDEX_LIMIT, "delete the folder and start again without --resume")
     return report if report.get("fingerprint") == mark else None
+
+
+def _check_shards_are_there(source: CheckpointFolder, dst: Path) -> None:
+    """Raise `CheckpointError` when a file of a finished conversion has been taken away."""
+    for name in (*source.shards, CONFIG_NAME):
+        if not (dst / name).is_file():
+            raise CheckpointError(
+                f"{dst / name}: missing, though the conversion had ended; delete {dst} and start again without --resume"
+            )
 
 
 def output_bytes(source: CheckpointFolder, plan: Plan, shard: str) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def _meta_model(config: Mapping[str, Any], config_class: Any) -> Any:
         parsed = config_class.from_dict(dict(config))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
-    except _config_errors() as error:
+    except config_errors() as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             f"config.json: transformers cannot build a {config_class.model_type!r} model from it: {first[:300]}; "
@@ -116,7 +116,7 @@ def _meta_model(config: Mapping[str, Any], config_class: Any) -> Any:
         logging.set_verbosity(verbosity)
 
 
-def _config_errors() -> tuple[type[Exception], ...]:
+def config_errors() -> tuple[type[Exception], ...]:
     """What transformers raises on a configuration that makes no sense; its own class is not a `ValueError`."""
     errors: list[type[Exception]] = [ValueError, TypeError, LookupError, ArithmeticError, AttributeError]
     errors += [RuntimeError, ImportError, AssertionError]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..quantize import quantize
-from .plan import Config, LayerPlan, Options, Plan, largest_layout, make_plan
+from .plan import Config, LayerPlan, Options, Plan, check_device, largest_layout, make_plan
 from .reader import CheckpointFolder, open_source
 from .records import check_finite
 from .report import layout_text, left_alone_entry
@@ -45,6 +45,7 @@ def _resident_bytes() -> int:
 
 def dry_run(src: str | Path, options: Options) -> dict[str, Any]:
     """The estimate as JSON values; nothing is written. Sizes are upper bounds where the quantizer chooses the kind."""
+    check_device(options.device)
     source = open_source(src)
     plan = make_plan(source, options)
     memory = _resident_bytes() + WORKING_BYTES + 2 * max(source.entry(layer.tensor).nbytes for layer in plan.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,21 @@ class _JSONProblem(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise _JSONProblem(f"the key {repeated!r} appears twice in one object")
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise _JSONProblem(f"the key {repeated[:200]!r} appears twice in one object")
     return result
 
 
 def _constant(text: str) -> Any:
     raise _JSONProblem(f"the value {text} is not JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _JSONProblem(f"the number {text[:40]} is too large")
+    return value
 
 
 def _depth(value: Any) -> int:
@@ -51,7 +59,9 @@ def _depth(value: Any) -> int:
 def parse_object(data: bytes, what: str, remedy: str) -> dict[str, Any]:
     """The JSON object in `data`. Raises `CheckpointError` naming `what` and `remedy` for anything else."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float
+        )
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what}: not UTF-8 text (byte {error.start}); {remedy}") from None
     except RecursionError:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..config import BCQConfig, CodebookConfig, config_from_dict
 from ..errors import ArgumentError, CheckpointError
 from ..formats import BCQLayout, CodebookLayout, Layout
@@ -242,3 +244,15 @@ def largest_layout(config: Config, out_features: int, in_features: int) -> Layou
         for kind in kinds
     ]
     return max(layouts, key=lambda layout: layout.nbytes)
+
+
+def check_device(device: str) -> str:
+    """`device` when torch has it; otherwise `ArgumentError`."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ArgumentError(
+            f"device={device!r} is not available: {first}; use 'cpu', or a device that torch lists"
+        ) from None
+    return device

@@ -24,15 +24,18 @@ def _allowed_root(folder: Path) -> Path:
     return folder.parent.parent if folder.parent.name == "snapshots" else folder
 
 
-def inside(folder: Path, name: str, said_by: str) -> Path:
-    """The file `name` of `folder`. Raises `CheckpointError` when the name or a symbolic link leads outside."""
+def inside(folder: Path, name: str, said_by: str, root: Path | None = None) -> Path:
+    """The file `name` of `folder`. Raises `CheckpointError` when the name or a symbolic link leads outside of `root`.
+
+    root: the checkpoint's folder, where `folder` is one inside it.
+    """
     if not name or "\0" in name or "\\" in name or PurePosixPath(name).name != name or name in (".", ".."):
         raise CheckpointError(
             f"{said_by}: file name {name[:200]!r} is not a plain name inside the folder; "
             "do not use this checkpoint, or correct the index"
         )
     path = folder / name
-    if path.is_symlink() and not path.resolve().is_relative_to(_allowed_root(folder.resolve())):
+    if path.is_symlink() and not path.resolve().is_relative_to(_allowed_root((root or folder).resolve())):
         raise CheckpointError(
             f"{path}: is a link to {path.resolve()}, outside the checkpoint; replace the link by the file itself"
         )

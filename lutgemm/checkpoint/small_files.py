@@ -34,7 +34,7 @@ def small_files(src: Path) -> list[tuple[Path, str]]:
     if templates.is_dir() and not templates.is_symlink():
         found += [(path, f"{TEMPLATES}/{path.name}") for path in sorted(templates.glob("*.jinja")) if path.is_file()]
     for path, _ in found:
-        inside(path.parent, path.name, str(src))
+        inside(path.parent, path.name, str(src), src)
     return found
 
 

@@ -53,15 +53,15 @@ def verify_checkpoint(dst: str | Path, src: str | Path, progress: bool = True) -
         "problems": problems,
         "layers": layers,
         "copied_tensors": copied,
-        "report_compared": bool(reported),
+        "report_compared": reported is not None,
     }
 
 
-def _reported_errors(folder: CheckpointFolder) -> tuple[dict[str, float], list[str]]:
-    """Module -> squared error that report.json states, and what is wrong with that file."""
+def _reported_errors(folder: CheckpointFolder) -> tuple[dict[str, float] | None, list[str]]:
+    """Module -> squared error that report.json states (None without that file), and what is wrong with it."""
     path = folder.folder / REPORT_NAME
     if not path.exists():
-        return {}, []
+        return None, []
     try:
         layers = read_json(path, INDEX_LIMIT, "it is not needed to load the model")["layers"]
         return {str(layer["module"]): float(layer["squared_error"]) for layer in layers}, []
@@ -74,7 +74,7 @@ def _verify_layer(
     source: CheckpointFolder,
     linear: Linear,
     layout: Layout,
-    reported: Mapping[str, float],
+    reported: Mapping[str, float] | None,
     problems: list[str],
 ) -> dict[str, Any]:
     """Values, shape and error of one layer; appends to `problems` what does not hold."""
@@ -95,7 +95,7 @@ def _verify_layer(
         return entry
     relative = math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
     entry |= {"relative_error": relative, "squared_error": squared_error, "ok": True}
-    if reported:
+    if reported is not None:
         stated = reported.get(module, math.nan)
         if not math.isclose(stated, squared_error, rel_tol=REPORT_TOLERANCE, abs_tol=1e-12 * squared_weight):
             entry["ok"] = False

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from ..checkpoint.discover import config_errors
+from ..checkpoint.json_file import read_json
 from ..errors import ArgumentError, CheckpointError, LutgemmError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,26 +68,26 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[A
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
+        config = read_json(folder / "config.json") if folder.is_dir() else {}
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any
-        if _is_lutgemm(folder):
+        if _is_lutgemm(config):
             model = load(source, dtype=DTYPES[dtype], device=target)
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype] or "auto")
             model = model.to(device=target)
     except LutgemmError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"cannot load {source}: {reason}") from error
+    except (OSError, RecursionError, SafetensorError, *config_errors()) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise CheckpointError(
+            f"cannot load {source}: {type(error).__name__}: {reason[:300]}; "
+            "check its config.json, tokenizer and weights, or download it again"
+        ) from error
     return model.eval(), tokenizer
 
 
-def _is_lutgemm(folder: Path) -> bool:
+def _is_lutgemm(config: Mapping[str, Any]) -> bool:
     """Whether a local checkpoint says that lutgemm quantized it; hub ids take transformers' route, which knows too."""
-    config = folder / "config.json"
-    if not config.is_file():
-        return False
-    entry = json.loads(config.read_text(encoding="utf-8"))
-    quantization = entry.get("quantization_config") if isinstance(entry, dict) else None
+    quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "lutgemm"

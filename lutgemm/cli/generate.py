@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     new_ids = generate(model, tokenizer, prompt, args.max_new_tokens, args.temperature)
     seconds = time.perf_counter() - started
-    text = tokenizer.decode(new_ids, skip_special_tokens=True)
+    if args.chat:
+        text = tokenizer.decode(new_ids, skip_special_tokens=True)
+    else:
+        text = decode_after(tokenizer, prompt, new_ids)
     if args.json:
         record = {"model": args.model, "prompt": args.prompt, "text": text, "ids": new_ids, "chat": args.chat}
         record |= {"prompt_tokens": len(prompt), "new_tokens": len(new_ids), "temperature": args.temperature}
@@ -62,6 +65,15 @@ def run(args: argparse.Namespace) -> int:
         print(text if args.chat else args.prompt + text)
         print(f"{len(new_ids)} tokens in {seconds:.1f} s", file=sys.stderr)
     return 0
+
+
+def decode_after(tokenizer: Any, prompt: list[int], new_ids: list[int]) -> str:
+    """The text of `new_ids` as it goes on after the prompt: decoded alone, some tokenizers drop its first space."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *new_ids], skip_special_tokens=True)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(new_ids, skip_special_tokens=True))
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
         progress=not args.quiet,
         on_layer=_print_layer if args.verbose else None,
-        base_model=args.src if str(source) != args.src else None,
+        base_model=None if Path(args.src).is_dir() else args.src,
     )
     print(json.dumps(report) if args.json else "\n".join([*summary_lines(report), f"written to {args.dst}"]))
     return 0

@@ -94,7 +94,7 @@ def resolve_group_size(group_size: int | str, in_features: int, multiple: int) -
         or (group_size % multiple and group_size != in_features)
     ):
         raise ArgumentError(
-            f"group_size={group_size!r} is not supported for K={in_features}; "
+            f"group_size={group_size!r} is not supported{f' for K={in_features}' if in_features > 0 else ''}; "
             f"use a positive multiple of {multiple}, or {ROW_GROUP!r} (= K)"
         )
     return group_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +305,8 @@ def load(
     """The model of a lutgemm checkpoint, in eval mode: a folder (no network is used) or a Hub model id.
 
     dtype: of what is not quantized; None takes the checkpoint's. device: where to put the model; None is the CPU.
-    Raises `CheckpointError` when it is not a lutgemm checkpoint or its files are missing, damaged or contradictory.
+    Raises `CheckpointError` when it is not a lutgemm checkpoint, its files are missing, damaged or contradictory, a
+    tensor of the model is missing, or a weight holds NaN or Inf.
     """
     path = Path(path_or_hub_id)
     is_folder = path.is_dir()
@@ -332,18 +333,34 @@ def load(
         checkpoint_files.check_index(path)
     model_class = _model_class(config)
     try:
-        model = model_class.from_pretrained(
-            str(path_or_hub_id), dtype=dtype or "auto", local_files_only=is_folder, use_safetensors=True
+        model, info = model_class.from_pretrained(
+            str(path_or_hub_id),
+            dtype=dtype or "auto",
+            local_files_only=is_folder,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except OSError as error:
         raise CheckpointError(f"{path_or_hub_id}: {error}") from None
+    _check_dense(str(path_or_hub_id), model, info["missing_keys"])
     return (model if device is None else model.to(device)).eval()
+
+
+def _check_dense(source: str, model: Any, missing: Iterable[str]) -> None:
+    """What `from_pretrained` lets pass: tensors it made up because the files lack them, and NaN or Inf."""
+    remedy = "download the checkpoint or quantize the model again"
+    if names := sorted(missing):
+        raise CheckpointError(f"{source}: tensor {names[0]!r} is missing ({len(names)} in all); {remedy}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise CheckpointError(f"{source}: {name} holds NaN or Inf; {remedy}")
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:
     """The class that wrote the checkpoint, else the auto class for causal language models."""
-    names = config.get("architectures") or []
-    known = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    known = getattr(transformers, first, None) if isinstance(first, str) else None
     if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
         return known
     return transformers.AutoModelForCausalLM
