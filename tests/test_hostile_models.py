@@ -1,4 +1,4 @@
-"""`load`, `eval`, `generate`, `quantize` on damaged or hostile models: one line, exit 1, never a wrong model in silence."""
+"""Damaged or hostile models: one line and exit 1 from every verb, never a wrong model in silence."""
 
 import json
 import math

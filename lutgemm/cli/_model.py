@@ -64,6 +64,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[A
     from ..integrations.transformers import load
 
     target = parse_device(device)
+    expected: tuple[type[Exception], ...] = (OSError, RecursionError, SafetensorError, *config_errors())
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json; give the folder of a Hugging Face checkpoint")
@@ -78,7 +79,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[A
             model = model.to(device=target)
     except LutgemmError:
         raise
-    except (OSError, RecursionError, SafetensorError, *config_errors()) as error:
+    except expected as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise CheckpointError(
             f"cannot load {source}: {type(error).__name__}: {reason[:300]}; "
