@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _value(text: str) -> Any:
-    """A value of --module: JSON where it is JSON (numbers, true, lists), text otherwise."""
+    """A value of --module: JSON where it is JSON (numbers, true), text otherwise."""
     try:
         return json.loads(text)
     except ValueError:
