@@ -15,6 +15,7 @@ from .formats.bcq import uniform_center, uniform_plane_weights, unpack_signs
 def _group_sums(per_weight: Tensor, group_size: int) -> Tensor:
     """`[N, K]` -> `[N, G]`: sums over the k of each group."""
     k = per_weight.shape[1]
+    group_size = min(group_size, k)
     padded = torch.nn.functional.pad(per_weight, (0, -k % group_size))
     return padded.unflatten(1, (num_groups(k, group_size), group_size)).sum(-1)
 

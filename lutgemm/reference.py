@@ -51,9 +51,10 @@ def _group_offsets(x: Tensor, weight: BCQWeight) -> Tensor:
     """fp32 `[M, N]`: sum over groups of offsets[n, g] * sum of x over the group."""
     offsets = weight.plane_offsets()
     if offsets is None:
-        return torch.zeros(x.shape[0], weight.shape[0], device=x.device)
-    padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[1] % weight.group_size))
-    sums = padded.unflatten(1, (-1, weight.group_size)).sum(-1)
+        return torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    size = min(weight.group_size, x.shape[1])
+    padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[1] % size))
+    sums = padded.unflatten(1, (-1, size)).sum(-1)
     return sums @ offsets.to(torch.float32).T
 
 
@@ -85,7 +86,7 @@ def biqgemm(x: Tensor, weight: BCQWeight) -> Tensor:
     tables = signed_sums(x)
     octets = _octets(weight.codes, tables.shape[1])
     for g, span in enumerate(_slices_of_groups(x.shape[1], weight.group_size)):
-        partial = torch.zeros(weight.bits, x.shape[0], weight.shape[0], device=x.device)
+        partial = torch.zeros(weight.bits, x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
         for j in range(span.start, span.stop):
             stationary = tables[:, j]
             for b in range(weight.bits):
@@ -104,11 +105,11 @@ def codegemm(x: Tensor, weight: CodebookWeight) -> Tensor:
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, -k % weight.vec_len))
     slices = padded.unflatten(1, (-1, weight.vec_len))
     psumbook = torch.einsum("mjv,cev->mcje", slices, weight.codebooks.to(torch.float32))
-    y = torch.zeros(m, n, device=x.device)
+    y = torch.zeros(m, n, dtype=torch.float32, device=x.device)
     for g in range(weight.layout.num_groups):
         start, stop = g * weight.group_size, min(k, (g + 1) * weight.group_size)
         span = torch.arange(start // weight.vec_len, -(-stop // weight.vec_len), device=x.device)
-        partial = torch.zeros(m, n, device=x.device)
+        partial = torch.zeros(m, n, dtype=torch.float32, device=x.device)
         for c in range(weight.layout.num_codebooks):
             partial += psumbook[:, c, span, weight.codes[c, :, span].long()].sum(-1)
         y += weight.scales[:, g].to(torch.float32) * partial

@@ -216,7 +216,7 @@ def test_bad_options_are_refused(fields, text, tmp_path):
 def test_nothing_to_quantize_is_an_error(tmp_path):
     src = tiny.make(tmp_path / "src")
     with pytest.raises(CheckpointError, match="nothing to quantize"):
-        quantize_checkpoint(src, tmp_path / "dst", RTN, include=["no such layer"], progress=False)
+        quantize_checkpoint(src, tmp_path / "dst", RTN, exclude=["."], progress=False)
 
 
 def test_fused_experts_are_named_and_count_against_coverage(tmp_path):

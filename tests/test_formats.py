@@ -1,5 +1,6 @@
 """SPEC.md pinned: golden bytes, values, round trips, nested precision, sizes and refusals."""
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -391,3 +392,24 @@ def test_packed_is_rebuilt_after_an_in_place_change():
         assert not torch.equal(before, after)
     weight.scales.requires_grad_(True)
     assert weight.packed() is None
+
+
+def test_a_group_size_far_beyond_k_costs_no_memory_and_changes_nothing():
+    codes, scales = pack_bits(torch.rand(2, 3, 50) > 0.5), torch.rand(2, 3, 1).half()
+    huge = BCQWeight.build(codes, scales, in_features=50, group_size=2**24)
+    row = BCQWeight.build(codes, scales, in_features=50, group_size=50)
+    assert torch.equal(huge.dequantize(), row.dequantize())
+    x = torch.randn(2, 50)
+    assert torch.equal(lutgemm.bcq_linear(x, huge), lutgemm.bcq_linear(x, row))
+    assert torch.equal(
+        lutgemm.bcq_linear(x, huge, backend="reference", algorithm="lut_gemm"),
+        lutgemm.bcq_linear(x, row, backend="reference", algorithm="lut_gemm"),
+    )
+
+
+def test_copies_leave_the_packed_form_out():
+    weight = random_bcq()
+    weight.packed()
+    twin = copy.deepcopy(weight)
+    assert twin._packed is None
+    assert torch.equal(twin.dequantize(), weight.dequantize())

@@ -113,6 +113,13 @@ def test_dry_run_checks_the_device(source, device, capsys):
     assert f"device='{device}' is not available" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [["--module", "dwn_proj=bits:2"], ["--include", "nosuch"], ["--exclude", "nosuch"]])
+def test_a_pattern_that_matches_nothing_is_refused(source, option, tmp_path, capsys):
+    assert main(["quantize", str(source), str(tmp_path / "dst"), "--group-size", "32", *option]) == 1
+    assert "matches no linear layer of this model; names look like 'model.layers.0." in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
 def test_resume_of_a_finished_folder_that_lost_a_file(source, quantized, capsys):
     command = [
         "quantize",

@@ -139,10 +139,11 @@ def _dequantized_linear(x: Tensor, out_features: int, bias: Tensor | None, rows:
     inner, inner_bias = (x.float(), None if bias is None else bias.float()) if wide else (x, bias)
     panel = max(1, PANEL_BYTES // (x.shape[1] * inner.element_size()))
     y = x.new_empty(x.shape[0], out_features)
-    for begin in range(0, out_features, panel):
-        end = min(out_features, begin + panel)
-        panel_bias = None if inner_bias is None else inner_bias[begin:end]
-        y[:, begin:end] = torch.nn.functional.linear(inner, rows(begin, end, inner.dtype), panel_bias)
+    with torch.autocast("cpu", enabled=False):
+        for begin in range(0, out_features, panel):
+            end = min(out_features, begin + panel)
+            panel_bias = None if inner_bias is None else inner_bias[begin:end]
+            y[:, begin:end] = torch.nn.functional.linear(inner, rows(begin, end, inner.dtype), panel_bias)
     return y
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -50,7 +51,8 @@ def _bcq_linear(
         zeros=zeros,
         ratios=ratios,
     )
-    return _finish(_BCQ[algorithm](x, weight), x, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return _finish(_BCQ[algorithm](x, weight), x, bias)
 
 
 def _codebook_linear(
@@ -64,7 +66,8 @@ def _codebook_linear(
     algorithm: str,
 ) -> Tensor:
     weight = CodebookWeight.build(codes, codebooks, scales, in_features=x.shape[1], group_size=group_size)
-    return _finish(_CODEBOOK[algorithm](x, weight), x, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return _finish(_CODEBOOK[algorithm](x, weight), x, bias)
 
 
 BACKEND = Backend(

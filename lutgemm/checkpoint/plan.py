@@ -153,6 +153,7 @@ def make_plan(source: CheckpointFolder, options: Options) -> Plan:
     """Decide every linear layer of `source`. Raises `CheckpointError` when none is left to quantize."""
     found = discover(source.config, source.shapes)
     plan = Plan([], [], found.how)
+    _check_patterns(options, [linear.module for linear in found.linears])
     for linear in found.linears:
         reason = _reason_to_leave(linear, found.param_of, source, options)
         if reason is not None:
@@ -177,6 +178,17 @@ def make_plan(source: CheckpointFolder, options: Options) -> Plan:
             plan.renamed[tensor] = param
     _check_names_free(source, plan)
     return plan
+
+
+def _check_patterns(options: Options, names: Sequence[str]) -> None:
+    """Raise `ArgumentError` for a pattern that finds no linear layer: a slip in it would cost a whole conversion."""
+    overrides = [pattern for pattern, _ in options.modules]
+    given = {"--module": overrides, "--include": options.include, "--exclude": options.exclude}
+    for option, patterns in given.items():
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
+                example = f"; names look like {names[0]!r}" if names else ""
+                raise ArgumentError(f"{option} {pattern!r} matches no linear layer of this model{example}")
 
 
 def _reason_to_leave(

@@ -107,7 +107,7 @@ def num_groups(in_features: int, group_size: int) -> int:
 
 def expand_groups(per_group: Tensor, in_features: int, group_size: int) -> Tensor:
     """`[..., G]` -> `[..., K]`: the value of the group that each k belongs to."""
-    return per_group.repeat_interleave(group_size, dim=-1)[..., :in_features]
+    return per_group.repeat_interleave(min(group_size, in_features), dim=-1)[..., :in_features]
 
 
 def row_slabs(rows: int, bytes_per_row: int, budget: int = 64 << 20) -> Iterator[slice]:
@@ -248,8 +248,9 @@ class QuantizedWeight(ABC):
     def packed(self) -> Tensor | None:
         """The layout that the device's kernels read, built at first use and kept; None where they read the record.
 
-        It is rebuilt when a tensor of the record was changed in place. While scales are being trained there is none:
-        kernels then read the record itself. While a graph is traced it is used if it exists, never built.
+        It is rebuilt when a tensor of the record was changed in place, as autograd's version counter tells it: not
+        through `.data`, not on inference tensors, and not inside a compiled graph. While scales are being trained there
+        is none: kernels then read the record itself. While a graph is traced it is used if it exists, never built.
         """
         if any(t.requires_grad for t in self.tensors.values()):
             return None
@@ -261,6 +262,10 @@ class QuantizedWeight(ABC):
 
             self._packed, self._packed_key = prepare(self), key
         return self._packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the packed form out; the copy builds its own."""
+        return self.__dict__ | {"_packed": None, "_packed_key": None}
 
     def __repr__(self) -> str:
         n, k = self.shape

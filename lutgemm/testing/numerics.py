@@ -125,15 +125,16 @@ def mismatch(actual: Tensor, expected: Tensor, bound: Tensor | float, what: str 
     if not actual.numel():
         return None
     found, truth = actual.detach().to(torch.float64), expected.detach().to(torch.float64)
-    bad = ~torch.isfinite(found) & ~((found == truth) | (found.isnan() & truth.isnan()))
+    same = (found == truth) | (found.isnan() & truth.isnan())
+    bad = ~torch.isfinite(found) & ~same
     if bad.any():
         places = bad.nonzero()
         listed = [p.tolist() for p in places[:4]]
         values = [float(found[tuple(p)]) for p in places[:4]]
         return Mismatch(f"{what}: {len(places)} of {found.numel()} elements are not finite, at {listed}: {values}")
     limit = torch.as_tensor(bound, dtype=torch.float64).expand_as(found)
-    error = torch.where(found == truth, torch.zeros_like(found), (found - truth).abs())
-    outside = error > limit
+    error = torch.where(same, torch.zeros_like(found), (found - truth).abs())
+    outside = ~(error <= limit)  # a truth or a bound that is NaN is outside too
     if not outside.any():
         return None
     ratio = error / limit.clamp(min=torch.finfo(torch.float64).tiny)
