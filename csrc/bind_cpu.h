@@ -126,10 +126,15 @@ inline void check_range(const char* name, int64_t value, int64_t low, int64_t hi
 
 // The instruction set asked for by number; refused where this CPU lacks it.
 inline Isa requested_isa(int64_t isa) {
-  check_range("isa", isa, int(Isa::kScalar), int(Isa::kAvx512));
+  check_range("isa", isa, int(Isa::kScalar), int(Isa::kAvx512Vbmi));
   check(isa <= int64_t(cpu_isa()), "isa=", isa, ": this CPU runs at most ", int(cpu_isa()),
-        " (0 scalar, 1 avx2, 2 avx512)");
+        " (0 scalar, 1 avx2, 2 avx512, 3 avx512vbmi)");
   return Isa(isa);
+}
+
+inline Accuracy requested_accuracy(int64_t accuracy) {
+  check_range("accuracy", accuracy, int(Accuracy::kFast), int(Accuracy::kExact));
+  return Accuracy(accuracy);
 }
 
 // x [M, K], bias [N] of x's dtype or none -> Io with y [M, N], which the caller has to fill.

@@ -87,8 +87,9 @@ void run_biqgemm(const PackedBcq& weight, Isa isa, const Io& io) {
 }
 
 Tensor bcq_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N, bool biqgemm,
-                      int64_t isa_number) {
+                      int64_t isa_number, int64_t accuracy_number) {
   const Isa isa = requested_isa(isa_number);
+  requested_accuracy(accuracy_number);
   check_tensor(packed, "packed", {-1});
   check(packed.scalar_type() == ScalarType::Byte, "packed: must be uint8");
   PackedBcq weight;
@@ -129,7 +130,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
   m.def(
       "_bcq_pack_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, bool uniform) "
       "-> Tensor");
-  m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, bool biqgemm, int isa) -> Tensor");
+  m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, bool biqgemm, int isa, int accuracy) -> Tensor");
   m.def(
       "_bcq_dequantize_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, "
       "bool uniform, int row_begin, int row_end, ScalarType dtype, int isa) -> Tensor");

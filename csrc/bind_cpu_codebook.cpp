@@ -68,7 +68,8 @@ Tensor pack_op(const Tensor& codes, const Tensor& codebooks, const Tensor& scale
 
 Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales,
                  const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, int64_t group_size,
-                 int64_t isa_number) {
+                 int64_t isa_number, int64_t accuracy_number) {
+  bind::requested_accuracy(accuracy_number);
   check_tensor(x, "x", {-1, -1});
   const Isa isa = bind::requested_isa(isa_number);
   const CodebookWeight w = make_weight(codes, codebooks, scales, x.size(1), group_size);
@@ -114,7 +115,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
   m.def("_codebook_pack_cpu(Tensor codes, Tensor codebooks, Tensor scales, int K, int group_size) -> Tensor");
   m.def(
       "_codebook_linear_cpu(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias, Tensor? packed, "
-      "int group_size, int isa) -> Tensor");
+      "int group_size, int isa, int accuracy) -> Tensor");
   m.def(
       "_codebook_dequantize_cpu(Tensor codes, Tensor codebooks, Tensor scales, int K, int group_size, int row_begin, "
       "int row_end, ScalarType dtype, int isa) -> Tensor");

@@ -274,7 +274,7 @@ def damaged(offset: int, values: list[int]) -> Tensor:
 )
 def test_a_wrong_packed_weight_is_refused(packed, text: str):
     with pytest.raises(RuntimeError, match=text):
-        torch.ops.lutgemm._bcq_linear_cpu(torch.zeros(2, 100), packed(), None, 70, True, 0)
+        torch.ops.lutgemm._bcq_linear_cpu(torch.zeros(2, 100), packed(), None, 70, True, 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -287,13 +287,15 @@ def test_a_wrong_packed_weight_is_refused(packed, text: str):
         ({"bias": torch.zeros(71)}, "bias: got shape"),
         ({"bias": torch.zeros(70, dtype=torch.float16)}, "bias: must have the dtype of x"),
         ({"N": 64}, "packed: it holds N=70"),
-        ({"isa": 3}, "isa=3: must be from 0 to 2"),
+        ({"isa": 4}, "isa=4: must be from 0 to 3"),
+        ({"accuracy": 4}, "accuracy=4: must be from 0 to 3"),
         ({"isa": -1}, "isa=-1"),
     ],
 )
 def test_the_raw_operator_checks_its_arguments(changes: dict, text: str):
     packed = torch.ops.lutgemm._bcq_pack_cpu(*record(PACKED))
-    arguments = {"x": torch.zeros(2, 100), "packed": packed, "bias": None, "N": 70, "biqgemm": False, "isa": 0}
+    arguments = {"x": torch.zeros(2, 100), "packed": packed, "bias": None, "N": 70, "biqgemm": False}
+    arguments |= {"isa": 0, "accuracy": 3}
     assert torch.ops.lutgemm._bcq_linear_cpu(**arguments).shape == (2, 70)
     with pytest.raises(RuntimeError, match=text):
         torch.ops.lutgemm._bcq_linear_cpu(**(arguments | changes))

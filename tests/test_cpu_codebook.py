@@ -15,7 +15,7 @@ from lutgemm.formats import CodebookWeight
 REASON = _native.load_ops("_C")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-ISA_NAMES = ("scalar", "avx2", "avx512")
+ISA_NAMES = ("scalar", "avx2", "avx512", "avx512vbmi")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOKENS = (0, 1, 2, 3, 8, 17)
 
@@ -63,7 +63,7 @@ def runs_here(isa: int) -> bool:
     return True
 
 
-@pytest.fixture(params=range(3), ids=ISA_NAMES)
+@pytest.fixture(params=range(4), ids=ISA_NAMES)
 def isa(request: pytest.FixtureRequest) -> int:
     if not runs_here(request.param):
         pytest.skip(f"this CPU has no {ISA_NAMES[request.param]}")
@@ -105,7 +105,7 @@ def pack(w: CodebookWeight) -> Tensor:
 
 def linear(x: Tensor, w: CodebookWeight, isa: int, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
     packed = pack(w) if packed is None else packed
-    return torch.ops.lutgemm._codebook_linear_cpu(x, w.codes, w.codebooks, w.scales, bias, packed, w.group_size, isa)
+    return torch.ops.lutgemm._codebook_linear_cpu(x, w.codes, w.codebooks, w.scales, bias, packed, w.group_size, isa, 3)
 
 
 def dequantize(
@@ -227,7 +227,7 @@ def test_bits_do_not_depend_on_threads_or_runs(case: Case, tokens: int, isa: int
 def test_without_a_pack_the_record_is_read(case: Case, isa: int) -> None:
     w = make_weight(case)
     x = torch.randn(3, case.k, generator=torch.Generator().manual_seed(4))
-    y = torch.ops.lutgemm._codebook_linear_cpu(x, w.codes, w.codebooks, w.scales, None, None, w.group_size, isa)
+    y = torch.ops.lutgemm._codebook_linear_cpu(x, w.codes, w.codebooks, w.scales, None, None, w.group_size, isa, 3)
     assert torch.equal(y, linear(x, w, isa))
 
 
@@ -295,6 +295,7 @@ def arguments() -> dict[str, object]:
         "packed": None,
         "group_size": 8,
         "isa": 0,
+        "accuracy": 3,
     }
 
 
@@ -326,7 +327,8 @@ REFUSED = {
     "group_size other than scales": ({"group_size": 16}, "scales: got shape"),
     "packed of floats": ({"packed": torch.zeros(64)}, "packed: must be uint8"),
     "packed of two dimensions": ({"packed": torch.zeros(2, 64, dtype=torch.uint8)}, "packed: got shape"),
-    "isa 3": ({"isa": 3}, "isa=3"),
+    "isa 4": ({"isa": 4}, "isa=4"),
+    "accuracy 4": ({"accuracy": 4}, "accuracy=4"),
     "isa -1": ({"isa": -1}, "isa=-1"),
 }
 

@@ -69,7 +69,7 @@ void bcq_dequantize_rows(const BcqWeight& weight, Isa isa, int64_t begin, int64_
     load_constants(weight, isa, n, base.get(), scales.get(), unit.get());
     for (int b = 0; b < weight.bits; ++b) row.codes[b] = weight.codes + (b * weight.N + n) * weight.words;
 #if LUTGEMM_X86
-    if (isa == Isa::kAvx512) {
+    if (isa >= Isa::kAvx512) {
       avx512::dequantize_row(row, values.get());
     } else if (isa == Isa::kAvx2) {
       avx2::dequantize_row(row, values.get());

@@ -15,7 +15,7 @@ const LutKernels& lut_kernels(Isa isa) {
       8 * 8, 8, 16 << 10, avx2::build_tables, avx2::lut_gemm_block, avx2::biqgemm_block};
   static const LutKernels avx512_kernels{
       8 * 16, 8, 16 << 10, avx512::build_tables, avx512::lut_gemm_block, avx512::biqgemm_block};
-  if (isa == Isa::kAvx512) return avx512_kernels;
+  if (isa >= Isa::kAvx512) return avx512_kernels;
   if (isa == Isa::kAvx2) return avx2_kernels;
 #endif
   return scalar_kernels;

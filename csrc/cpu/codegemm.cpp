@@ -51,9 +51,8 @@ int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 // number of tokens, the 16-token kernel 3.9 ms.
 const CodegemmKernel& choose_kernel(const PackedLayout& p, Isa isa, int64_t tokens) {
 #if LUTGEMM_X86
-  if (isa == Isa::kAvx512) {
-    static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
-    if (vbmi && p.codebook_bits <= 8 && tokens <= 6) return kCodegemmVbmi;
+  if (isa >= Isa::kAvx512) {
+    if (isa >= Isa::kAvx512Vbmi && p.codebook_bits <= 8 && tokens <= 6) return kCodegemmVbmi;
     if (tokens > 8) return kCodegemmAvx512x16;
   }
   if (isa >= Isa::kAvx2) return tokens == 1 ? kCodegemmAvx2 : tokens <= 4 ? kCodegemmAvx2x4 : kCodegemmAvx2x8;

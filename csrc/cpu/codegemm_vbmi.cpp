@@ -15,13 +15,7 @@
 #include "codebook.h"
 #include "convert.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
-#endif
+LUTGEMM_TARGET_AVX512VBMI_BEGIN
 
 namespace lutgemm {
 namespace {
@@ -158,9 +152,5 @@ const CodegemmKernel kCodegemmVbmi{1, 16, build, gather};
 
 }  // namespace lutgemm
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+LUTGEMM_TARGET_END
 #endif

@@ -21,9 +21,9 @@ from ..formats import BCQWeight, CodebookWeight, QuantizedWeight
 from . import Backend, Problem, Reason
 from .heuristics import choose_on_cpu
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512vbmi")
 """By the number that kernels know them by; each includes the ones before it. avx2: with FMA and F16C. avx512: F, BW, DQ
-and VL."""
+and VL. avx512vbmi: also VBMI."""
 
 ISA_VARIABLE = "LUTGEMM_CPU_ISA"
 
@@ -172,7 +172,7 @@ def _bcq_linear(
         return _dequantized_linear(x, out_features, bias, rows)
     if packed is None:
         packed = torch.ops.lutgemm._bcq_pack_cpu(*record)
-    return torch.ops.lutgemm._bcq_linear_cpu(x, packed, bias, out_features, algorithm == "biqgemm", isa)
+    return torch.ops.lutgemm._bcq_linear_cpu(x, packed, bias, out_features, algorithm == "biqgemm", isa, 3)
 
 
 def _codebook_linear(
@@ -194,7 +194,7 @@ def _codebook_linear(
             return torch.ops.lutgemm._codebook_dequantize_cpu(*record, x.shape[1], group_size, begin, end, dtype, isa)
 
         return _dequantized_linear(x, codes.shape[1], bias, rows)
-    return torch.ops.lutgemm._codebook_linear_cpu(x, *record, bias, packed, group_size, isa)
+    return torch.ops.lutgemm._codebook_linear_cpu(x, *record, bias, packed, group_size, isa, 3)
 
 
 BACKEND = Backend(
