@@ -15,7 +15,6 @@ Environment variables
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -231,6 +230,8 @@ def run_ninja(targets: list[str]) -> str | None:
 
 def compile_parts(parts: list[Part], compiler: list[str]) -> dict[str, str]:
     """Brings the shared objects in `OBJECTS` up to date. Returns name -> error of those that fail."""
+    import fcntl  # exists on POSIX only, as do the compiled parts
+
     folder = ROOT / OBJECTS
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:

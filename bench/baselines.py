@@ -1,80 +1,205 @@
-"""What the kernels are compared with: torch's own ways to run a linear layer, each as copies of one call.
+"""What the kernels are compared with: other ways to run a linear layer, each as copies of one call.
 
-The float baselines multiply random weights of the same shape: their time does not depend on the values.
+A baseline prepares a random weight `[N, K]` in its own format and says what arithmetic a correct result may differ by.
+Its result is checked against fp64 on its own dequantized weight: the error is that of activations and sums, not of the
+weight's quantization, which differs from format to format.
 """
 
 from __future__ import annotations
 
+import mmap
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lutgemm.errors import ArgumentError
-from lutgemm.testing.timing import cold_copies
+from lutgemm import _native
+from lutgemm.errors import ArgumentError, BackendError
 
-Copies = list[Callable[[], object]]
+from . import peers
+from .layer import Layer, Request
+
 INT4_GROUP = 128
+INT8_ENGINES = ("x86", "onednn")
+"""torch's engines of int8 layers, the first that this torch has."""
 
 
-def _count(nbytes: int, cold: bool) -> int:
-    return cold_copies(nbytes) if cold else 1
+@dataclass(frozen=True)
+class Baseline:
+    """A way to run a linear layer. `prepare` raises `BackendError` with the reason where it cannot run."""
+
+    label: str
+    """for people: in tables and drawings"""
+    prepare: Callable[[Request], Layer]
+    bound: Callable[[Tensor], float]
+    """x -> the largest relative L2 error that a correct result may have"""
+    threaded: bool = False
+    """Whether what `prepare` makes depends on the number of threads."""
 
 
-def _dense(x: Tensor, n: int, cold: bool, dtype: torch.dtype) -> Copies:
-    k = x.shape[1]
-    activations, weight = x.to(dtype), torch.randn(n, k, device=x.device).to(dtype)
-    copies = _count(weight.nbytes, cold)
-    return [partial(linear, activations, w) for w in (weight, *(weight.clone() for _ in range(copies - 1)))]
+def _need_cpu(request: Request, name: str) -> None:
+    if request.device != "cpu":
+        raise BackendError(f"{name} runs on cpu, and the device is {request.device}")
 
 
-def _int8_dynamic(x: Tensor, n: int, cold: bool) -> Copies:
-    """torch's dynamically quantized int8 layer: activations are quantized in every call."""
-    k = x.shape[1]
-    activations = x.to(torch.float32)
+def _dense(request: Request, dtype: torch.dtype) -> Layer:
+    weight = request.weight().to(request.device, dtype)
+    copies = [weight, *(weight.clone() for _ in range(request.copies(weight.nbytes) - 1))]
+
+    def bind(x: Tensor) -> list[Callable[[], Any]]:
+        activations = x.to(dtype)
+        return [partial(linear, activations, copy) for copy in copies]
+
+    return Layer(weight.cpu, weight.nbytes, bind)
+
+
+def _int8_dynamic(request: Request) -> Layer:
+    """torch's dynamically quantized int8 layer: activations are quantized in every call, 7 bits for the whole x."""
+    _need_cpu(request, "torch_int8")
+    engine = next((e for e in INT8_ENGINES if e in torch.backends.quantized.supported_engines), None)
+    if engine is None:
+        raise BackendError(f"torch_int8: this torch has none of the engines {list(INT8_ENGINES)}")
+    dense = request.weight()
+    scales = dense.abs().amax(1).clamp(min=1e-12).double() / 127
+    before = torch.backends.quantized.engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        layers = [
-            torch.ao.quantization.quantize_dynamic(
-                torch.nn.Sequential(torch.nn.Linear(k, n, bias=False)), {torch.nn.Linear}, dtype=torch.qint8
-            )[0]
-            for _ in range(_count(n * k, cold))
-        ]
-    return [partial(layer, activations) for layer in layers]
+        zeros = torch.zeros(request.N, dtype=torch.int64)
+        weight = torch.quantize_per_channel(dense, scales, zeros, 0, torch.qint8)
+        torch.backends.quantized.engine = engine
+        try:
+            nbytes = request.N * (request.K + 4)
+            packed = [torch.ops.quantized.linear_prepack(weight, None) for _ in range(request.copies(nbytes))]
+        finally:
+            torch.backends.quantized.engine = before
+
+    def bind(x: Tensor) -> list[Callable[[], Any]]:
+        activations = x.float()
+        return [partial(torch.ops.quantized.linear_dynamic, activations, p, reduce_range=True) for p in packed]
+
+    return Layer(weight.dequantize, nbytes, bind)
 
 
-def _int4(x: Tensor, n: int, cold: bool) -> Copies:
-    """torch's 4-bit weight-only kernel (bf16 activations, groups of 128)."""
-    k = x.shape[1]
+def _int4(request: Request) -> Layer:
+    """torch's 4-bit weight-only kernel: bf16 activations, groups of 128."""
+    _need_cpu(request, "torch_int4")
+    n, k = request.N, request.K
     if k % INT4_GROUP or n % 16:
-        raise ArgumentError(f"baseline torch_int4 takes K a multiple of {INT4_GROUP} and N of 16, got N={n}, K={k}")
-    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+        raise BackendError(f"torch_int4 takes K a multiple of {INT4_GROUP} and N of 16, got N={n}, K={k}")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32, generator=generator)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    grid = torch.rand(k // INT4_GROUP, n, 2).to(torch.bfloat16)
-    activations = x.to(torch.bfloat16)
-    copies = _count(packed.nbytes + grid.nbytes, cold)
-    run = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return [partial(run, activations, packed.clone(), INT4_GROUP, grid.clone()) for _ in range(copies)]
+    scales = (torch.rand(k // INT4_GROUP, n, generator=generator) + 0.5) / k**0.5 / 8
+    grid = torch.stack([scales, torch.zeros_like(scales)], 2).to(torch.bfloat16)
+    nbytes = packed.nbytes + grid.nbytes
+    copies = [(packed.clone(), grid.clone()) for _ in range(request.copies(nbytes))]
+    narrow = codes.to(torch.int8)
+
+    def dense() -> Tensor:
+        return (narrow - 8).float() * grid[..., 0].float().T.repeat_interleave(INT4_GROUP, 1)
+
+    def bind(x: Tensor) -> list[Callable[[], Any]]:
+        activations = x.to(torch.bfloat16)
+        run = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return [partial(run, activations, p, INT4_GROUP, g) for p, g in copies]
+
+    return Layer(dense, nbytes, bind)
 
 
-BASELINES: dict[str, Callable[[Tensor, int, bool], Copies]] = {
-    "torch_fp32": partial(_dense, dtype=torch.float32),
-    "torch_bf16": partial(_dense, dtype=torch.bfloat16),
-    "torch_fp16": partial(_dense, dtype=torch.float16),
-    "torch_int8": _int8_dynamic,
-    "torch_int4": _int4,
+def _in_huge_pages(source: Tensor) -> Tensor:
+    """A copy of `source` in pages of 2 MiB where the system gives them: small ones cost a third of the bandwidth."""
+    memory = mmap.mmap(-1, source.nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=source.dtype).view(source.shape).copy_(source)
+
+
+def _gemv(request: Request, dtype: torch.dtype) -> Layer:
+    """Our own dense matrix-vector product, as fast as memory: what torch's could reach at one token. fp32 sums."""
+    _need_cpu(request, "dense GEMV")
+    host, reason = _native.host()
+    if host is None:
+        raise BackendError(f"dense GEMV: {reason}")
+    if request.threads != 1:
+        raise BackendError("dense GEMV has one thread; beside several, compare with the read bandwidth")
+    weight = request.weight().to(dtype)
+    copies = [_in_huge_pages(weight) for _ in range(request.copies(weight.nbytes))]
+    name = str(dtype).removeprefix("torch.")
+
+    def bind(x: Tensor) -> list[Callable[[], Any]]:
+        if len(x) != 1:
+            raise BackendError(f"dense GEMV takes one token, got M={len(x)}")
+        activations, y = x.float().contiguous(), torch.empty(1, request.N)
+
+        def call(copy: Tensor) -> Tensor:
+            host.dense_gemv(copy.data_ptr(), activations.data_ptr(), y.data_ptr(), request.N, request.K, name)
+            return y
+
+        return [partial(call, copy) for copy in copies]
+
+    return Layer(lambda: weight, weight.nbytes, bind)
+
+
+def rounding(x: Tensor, steps: int, block: int | None = None) -> float:
+    """Relative L2 error of rounding each block of a row of x (None: all of x at once) to `steps` steps of its range."""
+    m, k = x.shape
+    wide = x.double()
+    blocks = wide.view(1, -1) if block is None else torch.nn.functional.pad(wide, (0, -k % block)).view(m, -1, block)
+    step = (blocks.amax(-1).clamp(min=0) - blocks.amin(-1).clamp(max=0)) / steps
+    return float((step.square() / 12).mean().sqrt() / blocks.square().mean().sqrt())
+
+
+FLOAT_MARGIN = 2.0
+"""Errors are at most this many times what rounding each number independently gives."""
+
+
+def _floating(unit_roundoff: float) -> Callable[[Tensor], float]:
+    """Numbers of that precision in and out, fp32 sums; 8 roundings' worth for sums that are rounded on the way."""
+    return lambda x: 8 * unit_roundoff
+
+
+def _int8_per_tensor(x: Tensor) -> float:
+    return FLOAT_MARGIN * rounding(x, 127) + 1e-3
+
+
+def _int8_per_block(x: Tensor) -> float:
+    return FLOAT_MARGIN * rounding(x, 254, peers.ORT_BLOCK) + 1e-3
+
+
+BF16 = 2.0**-8
+BASELINES: dict[str, Baseline] = {
+    "torch_fp32": Baseline("torch fp32", partial(_dense, dtype=torch.float32), _floating(2.0**-20)),
+    "torch_bf16": Baseline("torch bf16", partial(_dense, dtype=torch.bfloat16), _floating(BF16 / 4)),
+    "torch_fp16": Baseline("torch fp16", partial(_dense, dtype=torch.float16), _floating(2.0**-11)),
+    "torch_int8": Baseline("torch int8 dynamic", _int8_dynamic, _int8_per_tensor),
+    "torch_int4": Baseline("torch int4", _int4, _floating(BF16 / 2)),
+    "gemv_fp32": Baseline("dense GEMV fp32", partial(_gemv, dtype=torch.float32), _floating(2.0**-20), threaded=True),
+    "gemv_bf16": Baseline("dense GEMV bf16", partial(_gemv, dtype=torch.bfloat16), _floating(2.0**-20), threaded=True),
+    "ort_4bit": Baseline(
+        "ONNX Runtime 4-bit", partial(peers.onnxruntime_layer, bits=4), _int8_per_block, threaded=True
+    ),
+    "ort_2bit": Baseline(
+        "ONNX Runtime 2-bit", partial(peers.onnxruntime_layer, bits=2), _int8_per_block, threaded=True
+    ),
+    "bnb_nf4": Baseline("bitsandbytes NF4", peers.bitsandbytes_layer, _floating(BF16 / 2)),
 }
-"""Name -> function of (x [M, K], N, cold) that gives the copies of its call."""
+"""Every baseline by name, in the order of tables."""
 
 DEFAULT_BASELINES = ("torch_fp32", "torch_bf16")
+SUITE_BASELINES = tuple(name for name in BASELINES if name != "torch_fp16")
+"""Beside the named suites: all but torch's fp16, which is a slow fallback on CPUs."""
 
 
 def parse_baselines(names: Sequence[str]) -> list[str]:
-    """The names, each checked. Raises `ArgumentError` for one that does not exist."""
+    """The names, each checked; "all" stands for every one. Raises `ArgumentError` for one that does not exist."""
+    if tuple(names) == ("all",):
+        return list(BASELINES)
     for name in names:
         if name not in BASELINES:
-            raise ArgumentError(f"baselines: {name!r} is unknown; use some of {list(BASELINES)}")
-    return list(names)
+            raise ArgumentError(f"baselines: {name!r} is unknown; use all, or some of {list(BASELINES)}")
+    return list(dict.fromkeys(names))

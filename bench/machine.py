@@ -8,12 +8,14 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lutgemm import __version__, _native
+from lutgemm.errors import ArgumentError
 from lutgemm.testing.hardware import cpu_caches, cpu_name, last_level_cache, usable_cores
 
 BANDWIDTH_REPEATS = 15
@@ -58,20 +60,36 @@ def header(command: list[str] | None = None) -> dict[str, Any]:
     }
 
 
+def _probe_bytes() -> int:
+    return max(4 * last_level_cache(), MIN_BANDWIDTH_BYTES)
+
+
+def _best_pass(measure: Callable[[int, int, int], list[float]], threads: int) -> float:
+    """Seconds of the fastest pass. Raises `ArgumentError` when the system refuses so many threads."""
+    try:
+        return min(measure(_probe_bytes(), BANDWIDTH_REPEATS, threads))
+    except RuntimeError as error:
+        raise ArgumentError(f"threads={threads} is not supported here: {error}") from None
+
+
 def read_bandwidth(threads: int) -> float:
     """GB/s at which `threads` threads read memory: the wall for one token. Best of a few passes over 4 caches.
 
-    Measured by a C++ loop of the host module; without it, by torch's copy, counting bytes read and written.
+    Measured by a C++ loop of the host module; without it, by torch's copy.
     """
-    nbytes = max(4 * last_level_cache(), MIN_BANDWIDTH_BYTES)
     host, _ = _native.host()
+    if host is None:
+        return copy_bandwidth(threads)
+    return _probe_bytes() / _best_pass(host.read_bandwidth, threads) / 1e9
+
+
+def copy_bandwidth(threads: int) -> float:
+    """GB/s, bytes read and written both counted, at which `threads` threads copy memory; by torch without the host
+    module, with the threads that torch has."""
+    host, _ = _native.host()
+    nbytes = _probe_bytes()
     if host is not None:
-        return nbytes / min(host.read_bandwidth(nbytes, BANDWIDTH_REPEATS, threads)) / 1e9
-    return copy_bandwidth(nbytes)
-
-
-def copy_bandwidth(nbytes: int) -> float:
-    """GB/s, reading and writing counted, of torch copying `nbytes` with its current threads."""
+        return 2 * nbytes / _best_pass(host.copy_bandwidth, threads) / 1e9
     source, target = torch.zeros(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
     best = float("inf")
     for _ in range(BANDWIDTH_REPEATS):

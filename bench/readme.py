@@ -15,54 +15,80 @@ from typing import Any
 
 from lutgemm.demo.table import render_markdown
 
+from .baselines import BASELINES
+
+SHORT = {"torch_fp32": "fp32", "torch_bf16": "bf16"}
+"""Baselines that a table calls by less than their label: torch's own matmul."""
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
+USUAL_GROUP = 128
+"""Group size that a table leaves out."""
+
+
 def _weights(record: Mapping[str, Any]) -> str:
+    group = record["group_size"]
+    suffix = "" if group == USUAL_GROUP else " g=K" if group == record["K"] else f" g{group}"
     if record["op"] == "bcq_linear":
-        return f"BCQ {record['bits']}-bit"
-    return f"codebook {record['num_codebooks']}x{record['vec_len']}x{record['codebook_bits']}"
+        return f"BCQ {record['bits']}-bit{suffix}"
+    return f"codebook {record['num_codebooks']}x{record['vec_len']}x{record['codebook_bits']}{suffix}"
 
 
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _speedups(record: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """Baseline -> its time over ours; runs of 0.1.0 kept two."""
+    if "speedup" in record:
+        return record["speedup"]
+    return {"torch_fp32": record["speedup_fp32"], "torch_bf16": record["speedup_bf16"]}
+
+
 def _fastest(run: Mapping[str, Any], mode: str) -> dict[tuple[Any, ...], Mapping[str, Any]]:
     """Case and threads -> its fastest correct record of one mode."""
     best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for record in run["records"]:
-        key = (_weights(record), record["N"], record["K"], record["threads"], record["M"])
+        accuracy = record.get("accuracy", "")
+        key = (_weights(record), accuracy, record["N"], record["K"], record["threads"], record["M"])
         if record["mode"] == mode and record["correct"] and record["median_us"] is not None:
             best[key] = min(record, best.get(key, record), key=lambda r: r["median_us"])
     return best
 
 
 def kernel_table(run: Mapping[str, Any]) -> str:
-    """The fastest algorithm of each case with weights from memory, and its ratio to torch of the same seconds.
+    """The fastest algorithm of each case with weights from memory, and its ratio to the baselines of the same seconds.
 
-    A ratio below 1 is in bold: there torch is faster.
+    A ratio below 1 is in bold: there the baseline is faster. Columns of accuracy and of threads stand where the run has
+    several.
     """
     hot = _fastest(run, "hot")
-    head = ("weights", "bits/weight", "N x K", "M", "algorithm", "us", "x fp32", "x bf16", "us in cache", "error")
-    rows = []
-    for key, record in sorted(_fastest(run, "cold").items()):
-        ratios = (record["speedup_fp32"], record["speedup_bf16"])
-        cells = [f"**{_cell(r, '.2f')}**" if r is not None and r < 1 else _cell(r, ".1f") for r in ratios]
+    found = sorted(_fastest(run, "cold").items())
+    names = [name for name in BASELINES if any(name in _speedups(record) for _, record in found)]
+    labels = [SHORT.get(name, BASELINES[name].label) for name in names]
+    accuracies = any("accuracy" in record for _, record in found)
+    threads = len({record["threads"] for _, record in found}) > 1
+    head = ["weights", *["accuracy"][: int(accuracies)], "bits/weight", "N x K", "M", *["threads"][: int(threads)]]
+    rows = [[*head, "algorithm", "us", *(f"x {label}" for label in labels), "us in cache", "error"]]
+    rows.append(["---"] * len(rows[0]))
+    for key, record in found:
+        ratios = [_speedups(record).get(name) for name in names]
         rows.append(
-            (
+            [
                 key[0],
+                *[record.get("accuracy", "")][: int(accuracies)],
                 f"{record['bits_per_weight']:.2f}",
                 f"{record['N']}x{record['K']}",
                 str(record["M"]),
+                *[str(record["threads"])][: int(threads)],
                 f"`{record['algorithm']}`",
                 f"{record['median_us']:.0f}",
-                *cells,
+                *[f"**{_cell(r, '.2f')}**" if r is not None and r < 1 else _cell(r, ".1f") for r in ratios],
                 _cell(hot[key]["median_us"] if key in hot else None, ".0f"),
                 f"{record['error']:.0e}",
-            )
+            ]
         )
-    lines = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     h = run["header"]
     source = f"{h['cpu']}, torch {h['torch']}, {h['date'][:10]}, `{h['command']}`"
     return "\n".join([*lines, "", source])

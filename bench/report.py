@@ -1,17 +1,17 @@
-"""How a run is shown and kept: a header, a table, a JSON file, a plot."""
+"""How a run is shown and kept: a header, a table, a JSON file."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lutgemm.errors import ArgumentError
+from lutgemm.checkpoint.atomic import write_file
 
-from .runner import Record
+from .baselines import BASELINES
+from .records import BaselineRecord, Record
+from .runner import baselines_of
 
 BUSY_LOAD = 0.5
 """Load per core, before the run, from which other processes surely disturb it."""
@@ -23,6 +23,7 @@ BUSY = (
 COLUMNS = (
     "case",
     "algorithm",
+    "accuracy",
     "on",
     "thr",
     "mode",
@@ -35,80 +36,83 @@ COLUMNS = (
     "error",
     "ok",
 )
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def dumps(header: dict[str, Any], records: Sequence[Record]) -> str:
-    """The whole run as JSON text: `{"header": ..., "records": [...]}`."""
-    return json.dumps({"header": header, "records": [record.to_dict() for record in records]}, indent=1)
+    """The whole run as JSON text: `{"header": ..., "records": [...], "baselines": [...]}`."""
+    ours = [record.to_dict() for record in records]
+    beside = [record.to_dict() for record in baselines_of(records)]
+    return json.dumps({"header": header, "records": ours, "baselines": beside}, indent=1)
 
 
 def write_json(path: Path, header: dict[str, Any], records: Sequence[Record]) -> None:
-    """Write `dumps` under a temporary name, flush it, then rename it to `path`."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(dumps(header, records) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    """Write `dumps` to `path`, whole or not at all."""
+    write_file(path, f"{dumps(header, records)}\n".encode())
 
 
 def describe(record: Record) -> str:
     """The case in a few characters: shape, bits, group size."""
     c = record.case
-    kind = f"{c.bits}-bit" if c.op == "bcq_linear" else f"{c.num_codebooks}x{c.vec_len}x{c.codebook_bits}"
-    kind += "" if c.scale_kind == "free" else f" {c.scale_kind}"
-    short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[c.dtype]
-    return f"M={c.M} {c.N}x{c.K} {kind} g{c.layout.group_size} {short}"
+    return f"M={c.M} {c.N}x{c.K} {record.weights} g{c.layout.group_size} {DTYPES[c.dtype]}"
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """The formatted value, or "-" for None."""
     return "-" if value is None else format(value, form)
 
 
-def _row(record: Record) -> tuple[str, ...]:
+def _cells(record: Record | BaselineRecord) -> tuple[str, ...]:
+    """The columns that both kinds of record have: thr to %read."""
     t = record.timing
+    rates = record.to_dict()
+    return (
+        str(record.threads),
+        record.mode,
+        number(None if t is None else t.median_us, ".1f"),
+        "-" if t is None else f"{t.p10_us:.1f}-{t.p90_us:.1f}",
+        number(rates["gb_per_s"], ".1f"),
+        number(rates["bandwidth_percent"], ".0f"),
+    )
+
+
+def _row(record: Record) -> tuple[str, ...]:
     where = record.isa or record.backend
     return (
         describe(record),
         record.algorithm,
+        record.case.accuracy,
         where if record.device == "cpu" else f"{where} {record.device}",
-        str(record.threads),
-        record.mode,
-        _number(None if t is None else t.median_us, ".1f"),
-        "-" if t is None else f"{t.p10_us:.1f}-{t.p90_us:.1f}",
-        _number(record.gb_per_s, ".1f"),
-        _number(record.bandwidth_percent, ".0f"),
-        _number(record.speedup("torch_fp32"), ".1f"),
-        _number(record.speedup("torch_bf16"), ".1f"),
+        *_cells(record),
+        number(record.speedup("torch_fp32"), ".1f"),
+        number(record.speedup("torch_bf16"), ".1f"),
         f"{record.error:.1e}",
         "yes" if record.correct else "WRONG",
     )
 
 
-def _baseline_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """The baselines of a group of records that were timed together."""
-    rows = []
-    for name, t in records[0].baselines.items():
-        cells = dict.fromkeys(COLUMNS, "")
-        cells |= {"case": describe(records[0]), "algorithm": name, "on": "torch", "thr": str(records[0].threads)}
-        cells |= {"mode": records[0].mode, "us": f"{t.median_us:.1f}", "p10-p90": f"{t.p10_us:.1f}-{t.p90_us:.1f}"}
-        rows.append(tuple(cells.values()))
-    return rows
+def _baseline_row(b: BaselineRecord) -> tuple[str, ...]:
+    shape = f"M={b.M} {b.N}x{b.K} {b.bits_per_weight:.3g}-bit"
+    good = "yes" if b.correct else "WRONG"
+    return (shape, b.name, "", BASELINES[b.name].label.split()[0], *_cells(b), "", "", number(b.error, ".1e"), good)
 
 
 def table(records: Sequence[Record]) -> str:
-    """A plain-text table: the records, and after each group of one case the baselines that ran beside it."""
-    groups: dict[tuple[Any, ...], list[Record]] = {}
+    """A plain-text table: the records, and after those that were timed together the baselines that ran beside them."""
+    groups: dict[tuple[int, ...], list[Record]] = {}
     for r in records:
-        groups.setdefault((r.case, r.threads, r.mode, r.backend, r.isa), []).append(r)
-    rows = [row for group in groups.values() for row in [*map(_row, group), *_baseline_rows(group)]]
+        groups.setdefault(tuple(map(id, r.baselines)) or (id(r),), []).append(r)
+    rows: list[tuple[str, ...]] = []
+    for group in groups.values():
+        rows += [*map(_row, group), *(_baseline_row(b) for b in group[0].baselines if not b.absent)]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (COLUMNS, *rows)]
     notes = [f"WRONG {r.algorithm} {describe(r)}: {r.message}" for r in records if not r.correct]
+    for b in baselines_of(records):
+        if b.absent:
+            notes.append(f"absent: {b.name}: {b.absent}")
+        elif not b.correct:
+            notes.append(f"WRONG {b.name} M={b.M} {b.N}x{b.K}: {b.message}")
     return "\n".join([*lines, *dict.fromkeys(notes)])
 
 
@@ -118,8 +122,11 @@ def header_text(header: dict[str, Any], records: Sequence[Record]) -> str:
     commit = (
         f"{header['commit'][:12]}{' (changed)' if header['dirty'] else ''}" if header["commit"] else "not a checkout"
     )
-    read = {r.threads: r.read_gb_per_s for r in records if r.read_gb_per_s}
-    measured = ", ".join(f"{gb:.1f} GB/s with {t} thread{'s' * (t > 1)}" for t, gb in read.items())
+    memory = {r.threads: r.memory for r in records if r.memory.read_gb_per_s}
+    measured = "; ".join(
+        f"{m.read_gb_per_s:.1f} GB/s and copied at {m.copy_gb_per_s:.1f} GB/s with {t} thread{'s' * (t > 1)}"
+        for t, m in memory.items()
+    )
     lines = [
         f"{header['cpu']}, {header['cores']} cores, {caches}" + (f"; {header['gpu']}" if header["gpu"] else ""),
         f"torch {header['torch']}, lutgemm {header['lutgemm']} ({commit}), python {header['python']}, {header['date']}",
@@ -128,32 +135,3 @@ def header_text(header: dict[str, Any], records: Sequence[Record]) -> str:
         f"$ {header['command']}",
     ]
     return "\n".join(line for line in lines if line)
-
-
-def save_plot(path: Path, header: dict[str, Any], records: Sequence[Record]) -> None:
-    """A PNG of the median times beside the baselines. Raises `ArgumentError` without matplotlib or without times."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ArgumentError(f"plot: {error}; install it with: pip install 'lutgemm[bench]'") from None
-    timed = [record for record in records if record.timing is not None]
-    if not timed:
-        raise ArgumentError("plot: no correct result was timed, so there is nothing to draw")
-    bars: dict[str, float] = {}
-    for record in timed:
-        assert record.timing is not None
-        suffix = f"{describe(record)}, {record.mode}, {record.threads} thr"
-        bars[f"{record.algorithm} {record.isa or record.backend}\n{suffix}"] = record.timing.median_us
-        for name, t in record.baselines.items():
-            bars.setdefault(f"{name}\n{suffix}", t.median_us)
-    figure = Figure(figsize=(9, 1 + 0.45 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    colors = ["tab:gray" if label.startswith("torch_") else "tab:blue" for label in bars]
-    drawn = axes.barh(list(bars), list(bars.values()), color=colors)
-    axes.bar_label(drawn, fmt="%.0f", padding=3)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("median time of a call, microseconds (log scale)")
-    axes.set_title(f"{header['cpu']}, torch {header['torch']}", fontsize=9)
-    axes.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, format="png", dpi=120)

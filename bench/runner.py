@@ -1,25 +1,34 @@
-"""Checks a case, then times it: every algorithm of every chosen backend beside the baselines, interleaved."""
+"""Checks cases, then times them: every algorithm of every chosen backend beside the baselines, interleaved."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lutgemm.errors import ArgumentError
-from lutgemm.formats import QuantizedWeight
+from lutgemm.errors import ArgumentError, BackendError
+from lutgemm.formats import BCQLayout, CodebookLayout, QuantizedWeight
 from lutgemm.ops import linear
 from lutgemm.testing.cases import OpCase
-from lutgemm.testing.numerics import error_bound, exact_result, mismatch, relative_error
+from lutgemm.testing.numerics import (
+    RELATIVE_ERROR,
+    error_bound,
+    exact_result,
+    mismatch,
+    relative_error,
+    rms,
+    rounded_allowance,
+)
 from lutgemm.testing.targets import Target, absent, isa_in_use, targets
-from lutgemm.testing.timing import Call, Timing, cold_copies, time_interleaved, time_interleaved_cuda, torch_threads
+from lutgemm.testing.timing import Call, cold_copies, time_interleaved, time_interleaved_cuda, torch_threads
 
 from .baselines import BASELINES, DEFAULT_BASELINES
-from .machine import read_bandwidth
+from .layer import Layer, Request
+from .machine import copy_bandwidth, read_bandwidth
+from .records import Bandwidth, BaselineRecord, Record
 
 MODES = ("cold", "hot")
 
@@ -38,99 +47,6 @@ class Options:
     seconds: float = 1.0
     """Per case, mode and number of threads."""
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One measured line. Times are None when the result was wrong: nothing is timed that failed its check."""
-
-    case: OpCase
-    algorithm: str
-    backend: str
-    isa: str
-    device: str
-    threads: int
-    mode: str
-    bits_per_weight: float
-    bytes_moved: int
-    """The stored weight once, x and y once."""
-    error: float
-    """Relative L2 error against fp64."""
-    correct: bool
-    message: str = ""
-    timing: Timing | None = None
-    read_gb_per_s: float = 0.0
-    """Read bandwidth of memory with as many threads, measured in this run."""
-    baselines: dict[str, Timing] = field(default_factory=dict)
-
-    @property
-    def gb_per_s(self) -> float | None:
-        return None if self.timing is None else self.bytes_moved / self.timing.median_us / 1e3
-
-    @property
-    def bandwidth_percent(self) -> float | None:
-        return None if self.gb_per_s is None or not self.read_gb_per_s else 100 * self.gb_per_s / self.read_gb_per_s
-
-    def speedup(self, baseline: str, statistic: str = "median_us") -> float | None:
-        """Time of a baseline over ours, both of the same interleaved run; None where either is missing."""
-        if self.timing is None or baseline not in self.baselines:
-            return None
-        return float(getattr(self.baselines[baseline], statistic) / getattr(self.timing, statistic))
-
-    @property
-    def repro(self) -> str:
-        """The command that measures this line again."""
-        c = self.case
-        kind = (
-            f"--bits {c.bits} --scale-kind {c.scale_kind}"
-            if c.op == "bcq_linear"
-            else f"--codebooks {c.num_codebooks}x{c.vec_len}x{c.codebook_bits}"
-        )
-        isa = f" --isa {self.isa}" if self.isa else ""
-        device = "" if self.device == "cpu" else f" --device {self.device}"
-        return (
-            f"lutgemm bench --op {c.op} --shapes {c.N}x{c.K} {kind} --m {c.M} --group-size {c.layout.group_size} "
-            f"--dtype {c.dtype} --algorithms {self.algorithm} --backends {self.backend}{isa}{device} "
-            f"--threads {self.threads} --{self.mode}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as JSON values."""
-        c = self.case
-        bcq = c.op == "bcq_linear"
-        own = {"bits": c.bits, "scale_kind": c.scale_kind} if bcq else {}
-        own |= {} if bcq else {k: getattr(c, k) for k in ("num_codebooks", "vec_len", "codebook_bits")}
-        timing = self.timing.to_dict() if self.timing else dict.fromkeys(Timing.__dataclass_fields__)
-        return {
-            "op": c.op,
-            "algorithm": self.algorithm,
-            "backend": self.backend,
-            "isa": self.isa or None,
-            "device": self.device,
-            "threads": self.threads,
-            "mode": self.mode,
-            "M": c.M,
-            "N": c.N,
-            "K": c.K,
-            **own,
-            "group_size": c.layout.group_size,
-            "dtype": c.dtype,
-            "bits_per_weight": self.bits_per_weight,
-            **timing,
-            "bytes_moved": self.bytes_moved,
-            "gb_per_s": self.gb_per_s,
-            "read_gb_per_s": self.read_gb_per_s,
-            "bandwidth_percent": self.bandwidth_percent,
-            "speedup_fp32": self.speedup("torch_fp32"),
-            "speedup_bf16": self.speedup("torch_bf16"),
-            "speedup_fp32_p10": self.speedup("torch_fp32", "p10_us"),
-            "speedup_bf16_p10": self.speedup("torch_bf16", "p10_us"),
-            "baselines": {name: asdict(t) for name, t in self.baselines.items()},
-            "error": self.error,
-            "correct": self.correct,
-            "message": self.message or None,
-            "repro": self.repro,
-        }
 
 
 def chosen_targets(options: Options) -> list[Target]:
@@ -155,80 +71,210 @@ def chosen_targets(options: Options) -> list[Target]:
     return [target for target in found if not target.isa or target.isa in kept]
 
 
-def _copies(weight: QuantizedWeight, cold: bool) -> list[QuantizedWeight]:
-    extra = cold_copies(weight.nbytes) - 1 if cold else 0
-    clones = ({name: t.clone() for name, t in weight.tensors.items()} for _ in range(extra))
-    return [weight, *(type(weight)(weight.layout, tensors) for tensors in clones)]
+def grouped(cases: Sequence[OpCase]) -> list[list[OpCase]]:
+    """The cases that take the same x, together: they are timed in turns with each other and one set of baselines.
+
+    Groups of one shape N x K follow each other, so that prepared layers serve them all.
+    """
+    found: dict[tuple[int, int], dict[OpCase, list[OpCase]]] = {}
+    for case in cases:
+        same = OpCase(N=case.N, K=case.K, M=case.M, dtype=case.dtype, outliers=case.outliers)
+        found.setdefault((case.N, case.K), {}).setdefault(same, []).append(case)
+    return [group for groups in found.values() for group in groups.values()]
 
 
-def _calls(target: Target, algorithm: str, x: Tensor, copies: Sequence[QuantizedWeight]) -> list[Call]:
-    return [partial(linear, x, weight, backend=target.backend, algorithm=algorithm) for weight in copies]
+@dataclass
+class Shelf:
+    """Prepared layers of one shape N x K, kept while groups of that shape are measured."""
+
+    shape: tuple[int, int] = (0, 0)
+    layers: dict[tuple[str, Request], Layer | str] = field(default_factory=dict)
+    """A string is the reason why it cannot run."""
+    weights: dict[tuple[BCQLayout | CodebookLayout, bool], list[QuantizedWeight]] = field(default_factory=dict)
+
+    def turn_to(self, shape: tuple[int, int]) -> None:
+        """Let go of layers of another shape."""
+        if shape != self.shape:
+            self.shape = shape
+            self.layers.clear()
+            self.weights.clear()
+
+    def layer(self, name: str, request: Request) -> Layer | str:
+        """The baseline's prepared layer, or the reason why it cannot run."""
+        request = request if BASELINES[name].threaded else replace(request, threads=1)
+        key = name, request
+        if key not in self.layers:
+            try:
+                self.layers[key] = BASELINES[name].prepare(request)
+            except BackendError as error:
+                self.layers[key] = str(error)
+        return self.layers[key]
+
+    def copies(self, case: OpCase, device: str, cold: bool) -> list[QuantizedWeight]:
+        """The weight of a case: one copy, or enough to exceed the caches."""
+        key = case.layout, cold
+        if key not in self.weights:
+            weight = case.weight().to(device)
+            extra = cold_copies(weight.nbytes) - 1 if cold else 0
+            clones = ({name: t.clone() for name, t in weight.tensors.items()} for _ in range(extra))
+            self.weights[key] = [weight, *(type(weight)(weight.layout, tensors) for tensors in clones)]
+        return self.weights[key]
 
 
-def run_case(case: OpCase, options: Options, chosen: Sequence[Target], read_gb_per_s: dict[int, float]) -> list[Record]:
-    """Check, then time one case in every mode with every number of threads."""
-    inputs = case.inputs()
-    x, weight = inputs.x.to(options.device), inputs.weight.to(options.device)
-    truth = exact_result(inputs.x, inputs.weight)
-    ways: list[tuple[Target, str]] = []
-    for target in chosen:
-        offered = target.algorithms(case.op)
-        ways += [(target, name) for name in offered if not options.algorithms or name in options.algorithms]
-    bounds = {name: error_bound(inputs.x, inputs.weight, None, name) for _, name in ways}
-    bytes_moved = weight.nbytes + x.nbytes + case.M * case.N * x.element_size()
+@dataclass(frozen=True)
+class Line:
+    """One thing of ours to measure: an algorithm of a target on a case."""
+
+    target: Target
+    case: OpCase
+    algorithm: str
+
+    def call(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        backend = self.target.backend
+        return linear(x, weight, backend=backend, algorithm=self.algorithm, accuracy=self.case.accuracy)
+
+
+@dataclass
+class Group:
+    """Cases of one x. Truths are worked out once, for all modes and numbers of threads."""
+
+    cases: list[OpCase]
+    options: Options
+    shelf: Shelf
+
+    def __post_init__(self) -> None:
+        first = self.cases[0]
+        self.shelf.turn_to((first.N, first.K))
+        self.x = first.inputs().x
+        self.truths: dict[BCQLayout | CodebookLayout, Tensor] = {}
+        self.baseline_errors: dict[tuple[str, int], float] = {}
+        self.baseline_truths: dict[str, Tensor] = {}
+
+    def fault(self, line: Line, y: Tensor, weight: QuantizedWeight, truth: Tensor) -> str:
+        """What is wrong with a result, or ""."""
+        case = line.case
+        if case.accuracy not in RELATIVE_ERROR:
+            return str(mismatch(y, truth, error_bound(self.x, weight, None, line.algorithm), line.algorithm) or "")
+        if found := mismatch(y, truth, float("inf"), line.algorithm):
+            return str(found)
+        error = relative_error(y, truth)
+        if error <= RELATIVE_ERROR[case.accuracy]:
+            return ""
+        allowed = rounded_allowance(self.x, weight, None, case.accuracy)
+        found_rms = rms(y.double() - truth)
+        if found_rms <= allowed:
+            return ""
+        return f"{line.algorithm}: root mean square error {found_rms:.2e} is above {allowed:.2e} of {case.accuracy!r}"
+
+    def check(self, line: Line, threads: int, memory: Bandwidth) -> Record:
+        """The record of a line without its time."""
+        case, device = line.case, self.options.device
+        weight = case.weight()
+        if case.layout not in self.truths:
+            self.truths[case.layout] = exact_result(self.x, weight)
+        truth = self.truths[case.layout]
+        placed = self.shelf.copies(case, device, cold=False)[0]
+        with line.target.active():
+            y = line.call(self.x.to(device), placed).cpu()
+        fault = self.fault(line, y, weight, truth)
+        return Record(
+            case=case,
+            algorithm=line.algorithm,
+            backend=line.target.backend,
+            isa=line.target.isa,
+            device=device,
+            threads=threads,
+            mode="",
+            bits_per_weight=weight.bits_per_weight,
+            bytes_moved=weight.nbytes + self.x.nbytes + case.M * case.N * self.x.element_size(),
+            error=relative_error(y, truth),
+            correct=not fault,
+            message=fault,
+            memory=memory,
+        )
+
+    def baseline(self, name: str, threads: int, mode: str, memory: Bandwidth) -> tuple[BaselineRecord, Sequence[Call]]:
+        """A baseline's record without its time, and its calls; no calls where it is absent or wrong."""
+        (m, k), n = self.x.shape, self.shelf.shape[0]
+        request = Request(n, k, mode == "cold", threads, self.options.device)
+        record = BaselineRecord(name, m, n, k, request.device, threads, mode, memory=memory)
+        layer = self.shelf.layer(name, request)
+        if isinstance(layer, str):
+            return replace(record, absent=layer), ()
+        try:
+            calls = layer.bind(self.x.to(request.device))
+        except BackendError as error:
+            return replace(record, absent=str(error)), ()
+        if (name, threads) not in self.baseline_errors:
+            y = torch.as_tensor(calls[0]()).cpu()
+            if name not in self.baseline_truths:
+                self.baseline_truths[name] = _product(self.x, layer.dense())
+            self.baseline_errors[name, threads] = relative_error(y, self.baseline_truths[name])
+        record = replace(
+            record,
+            bits_per_weight=8 * layer.nbytes / (n * k),
+            bytes_moved=layer.nbytes + self.x.nbytes + m * n * self.x.element_size(),
+            error=self.baseline_errors[name, threads],
+            bound=BASELINES[name].bound(self.x),
+        )
+        return record, calls if record.correct else ()
+
+    def measure(
+        self, target: Target, checked: dict[Line, Record], threads: int, mode: str, memory: Bandwidth
+    ) -> list[Record]:
+        """The checked lines of one target with their times, the correct ones in turns with the baselines."""
+        cold, device = mode == "cold", self.options.device
+        x = self.x.to(device)
+        beside = {name: self.baseline(name, threads, mode, memory) for name in self.options.baselines}
+        calls: dict[str | Line, Sequence[Call]] = {name: found for name, (_, found) in beside.items() if found}
+        for line, record in checked.items():
+            if record.correct:
+                copies = self.shelf.copies(line.case, device, cold)
+                calls[line] = [partial(line.call, x, weight) for weight in copies]
+        clock = time_interleaved_cuda if device == "cuda" else time_interleaved
+        with target.active():
+            timings = clock(calls, self.options.seconds * len(self.cases)) if calls else {}
+        baselines = tuple(replace(record, timing=timings.get(name)) for name, (record, _) in beside.items())
+        return [
+            replace(record, mode=mode, timing=timings.get(line), baselines=baselines)
+            for line, record in checked.items()
+        ]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in fp64, in slabs of rows."""
+    wide = x.double()
+    return torch.cat([wide @ rows.double().T for rows in weight.split(max(1, (8 << 20) // weight.shape[1]))], 1)
+
+
+def run_group(
+    cases: list[OpCase], options: Options, chosen: Sequence[Target], memory: dict[int, Bandwidth], shelf: Shelf
+) -> list[Record]:
+    """Check, then time cases of one x in every mode with every number of threads."""
+    group = Group(cases, options, shelf)
     records: list[Record] = []
     for threads in options.threads:
+        bandwidth = memory.get(threads, Bandwidth())
         with torch_threads(threads):
-            checked = {}
-            for target, name in ways:
-                with target.active():
-                    y = linear(x, inputs.weight.to(options.device), backend=target.backend, algorithm=name).cpu()
-                found = mismatch(y, truth, bounds[name], name)
-                checked[target, name] = Record(
-                    case=case,
-                    algorithm=name,
-                    backend=target.backend,
-                    isa=target.isa,
-                    device=options.device,
-                    threads=threads,
-                    mode="",
-                    bits_per_weight=weight.bits_per_weight,
-                    bytes_moved=bytes_moved,
-                    error=relative_error(y, truth),
-                    correct=found is None,
-                    message=str(found or ""),
-                    read_gb_per_s=read_gb_per_s.get(threads, 0.0),
-                )
-            for mode in options.modes:
-                records += _time(x, weight, mode, options, checked)
+            for target in chosen:
+                lines = [
+                    Line(target, case, name)
+                    for case in cases
+                    for name in target.algorithms(case.op)
+                    if not options.algorithms or name in options.algorithms
+                ]
+                checked = {line: group.check(line, threads, bandwidth) for line in lines}
+                for mode in options.modes if checked else ():
+                    records += group.measure(target, checked, threads, mode, bandwidth)
     return records
 
 
-def _time(
-    x: Tensor, weight: QuantizedWeight, mode: str, options: Options, checked: dict[tuple[Target, str], Record]
-) -> list[Record]:
-    """The checked records with times, the correct ones of one target interleaved with the baselines."""
-    cold = mode == "cold"
-    clock = time_interleaved_cuda if x.device.type == "cuda" else time_interleaved
-    baselines = {name: BASELINES[name](x, weight.shape[0], cold) for name in options.baselines}
-    out = []
-    for target in dict.fromkeys(target for target, _ in checked):
-        own = {name: record for (t, name), record in checked.items() if t == target}
-        names = [name for name, record in own.items() if record.correct]
-        timings: dict[str, Timing] = {}
-        if names:
-            with target.active():
-                copies = _copies(weight, cold)
-                calls = {name: _calls(target, name, x, copies) for name in names}
-                timings = clock({**baselines, **calls}, options.seconds)
-        beside = {name: timings[name] for name in baselines if name in timings}
-        for name, record in own.items():
-            out.append(replace(record, mode=mode, timing=timings.get(name), baselines=beside))
-    return out
+def run_cases(cases: Sequence[OpCase], options: Options) -> Iterator[tuple[list[OpCase], list[Record]]]:
+    """The groups of cases in turn, each with its records. Before each the bandwidth of memory is measured;
+    records hold the best so far, as other processes make it less, never more.
 
-
-def run_cases(cases: Sequence[OpCase], options: Options) -> Iterator[list[Record]]:
-    """The records of each case in turn. The bandwidth of memory is measured first."""
+    Raises `ArgumentError`, at once, for options that name what is unknown or absent.
+    """
     chosen = chosen_targets(options)
     for mode in options.modes:
         if mode not in MODES:
@@ -237,9 +283,23 @@ def run_cases(cases: Sequence[OpCase], options: Options) -> Iterator[list[Record
     for name in options.algorithms:
         if name not in offered:
             raise ArgumentError(f"algorithms: {name!r} is not offered; use some of {sorted(offered)}")
-    bandwidth = {}
-    for threads in options.threads if torch.device(options.device).type == "cpu" else ():
-        with torch_threads(threads):
-            bandwidth[threads] = read_bandwidth(threads)
-    for case in cases:
-        yield run_case(case, options, chosen, bandwidth)
+    return _run_groups(grouped(cases), options, chosen)
+
+
+def _run_groups(
+    groups: list[list[OpCase]], options: Options, chosen: Sequence[Target]
+) -> Iterator[tuple[list[OpCase], list[Record]]]:
+    memory: dict[int, Bandwidth] = {}
+    shelf = Shelf()
+    for group in groups:
+        for threads in options.threads if torch.device(options.device).type == "cpu" else ():
+            with torch_threads(threads):
+                memory[threads] = memory.get(threads, Bandwidth()).best(
+                    read_bandwidth(threads), copy_bandwidth(threads)
+                )
+        yield group, run_group(group, options, chosen, memory, shelf)
+
+
+def baselines_of(records: Sequence[Record]) -> list[BaselineRecord]:
+    """Each baseline's record once, in the order of the run."""
+    return list({id(b): b for record in records for b in record.baselines}.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lutgemm.accuracy import ACCURACIES, DEFAULT
 from lutgemm.errors import ArgumentError
 from lutgemm.testing.cases import OpCase
 
@@ -27,8 +28,10 @@ MODELS: dict[str, dict[str, Shape]] = {
 }
 """Model -> its distinct linear layers (lm_head left out, as in quantized checkpoints)."""
 
-BCQ = OpCase(op="bcq_linear", N=4096, K=4096, M=1, group_size=128)
-CODEBOOK = OpCase(op="codebook_linear", N=4096, K=4096, M=1, group_size=128, vec_len=4, codebook_bits=8)
+BCQ = OpCase(op="bcq_linear", N=4096, K=4096, M=1, group_size=128, accuracy=DEFAULT)
+CODEBOOK = OpCase(
+    op="codebook_linear", N=4096, K=4096, M=1, group_size=128, vec_len=4, codebook_bits=8, accuracy=DEFAULT
+)
 
 
 def _smoke() -> list[OpCase]:
@@ -36,11 +39,19 @@ def _smoke() -> list[OpCase]:
     return [replace(BCQ, N=256, K=512, M=2), replace(CODEBOOK, N=256, K=512, M=2)]
 
 
+OTHER_SHAPES: tuple[Shape, ...] = ((14336, 4096), (4096, 14336), (1024, 1024), (576, 1536), (1536, 576))
+"""Wide and tall layers, a small one, and ones whose N or K no block divides."""
+
+
 def _cpu() -> list[OpCase]:
-    """4096 x 4096 at every usual number of bits, for one token and small batches."""
-    bcq = [replace(BCQ, bits=bits, M=m) for bits in (1, 2, 3, 4) for m in (1, 4, 16)]
-    books = ((1, 8), (1, 4), (2, 8))
-    return bcq + [replace(CODEBOOK, num_codebooks=c, vec_len=v, M=m) for c, v in books for m in (1, 4, 16)]
+    """The list behind the README's table: bits, tokens, shapes and group sizes, x with outliers."""
+    bcq = replace(BCQ, outliers=True)
+    cases = [replace(bcq, bits=bits, M=m) for m in (1, 4, 16) for bits in (1, 2, 3, 4)]
+    cases += [replace(bcq, bits=3, M=512), replace(CODEBOOK, outliers=True)]
+    cases += [replace(bcq, bits=bits, group_size=g) for bits in (2, 4) for g in (32, 64, 0)]
+    cases += [replace(bcq, bits=bits, accuracy=a) for bits in (2, 4) for a in ACCURACIES if a != DEFAULT]
+    cases += [replace(bcq, N=n, K=k, bits=bits, M=m) for n, k in OTHER_SHAPES for m in (1, 16) for bits in (2, 3, 4)]
+    return cases
 
 
 def _model(name: str) -> Callable[[], list[OpCase]]:

@@ -3,6 +3,7 @@
 
 #include "bind_cpu.h"
 #include "cpu/bcq.h"
+#include "cpu/byte_kernels.h"
 
 namespace lutgemm::bind {
 namespace {
@@ -53,9 +54,22 @@ BcqWeight bcq_weight(const BcqTensors& t, int64_t K, int64_t group_size, bool un
   return w;
 }
 
+Tensor pack_bytes(const BcqWeight& weight) {
+  const PackedBytes layout = byte_layout(weight.N, weight.K, weight.group_size, weight.bits, weight.uniform,
+                                         weight.offsets != nullptr, weight.scale_dtype, weight.zeros_dtype);
+  Tensor packed = empty_prepared(byte_layout_bytes(layout));
+  auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  write_byte_header(layout, out);
+  const int64_t chunk_lookups = kChunkBlocks * kByteRows * weight.words * 4 * weight.bits;
+  torch::stable::parallel_for(0, layout.chunks, grain(chunk_lookups),
+                              [&](int64_t begin, int64_t end) { pack_byte_chunks(weight, layout, begin, end, out); });
+  return packed;
+}
+
 Tensor bcq_pack_cpu(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets,
-                    const std::optional<Tensor>& zeros, int64_t K, int64_t group_size, bool uniform) {
+                    const std::optional<Tensor>& zeros, int64_t K, int64_t group_size, bool uniform, bool bytes) {
   const BcqWeight weight = bcq_weight({codes, scales, offsets, zeros}, K, group_size, uniform);
+  if (bytes) return pack_bytes(weight);
   const PackedBcq layout =
       packed_layout(weight.N, K, group_size, weight.bits, uniform, weight.offsets != nullptr, weight.scale_dtype);
   Tensor packed = empty_prepared(packed_bytes(layout));
@@ -86,14 +100,62 @@ void run_biqgemm(const PackedBcq& weight, Isa isa, const Io& io) {
                               [&](int64_t begin, int64_t end) { biqgemm_rows(weight, isa, io, begin, end); });
 }
 
+// `tokens_at_once` at a time: tables of all of K, then the rows past them.
+template <class Rows>
+void run_byte_kernel(const PackedBytes& weight, Accuracy accuracy, bool words, const Io& io, int64_t tokens_at_once,
+                     int64_t chunk_lookups, const Rows& rows) {
+  for (int64_t m = 0; m < io.M; m += tokens_at_once) {
+    const int64_t count = std::min(io.M - m, tokens_at_once);
+    ByteTokens tokens = make_byte_tokens(weight, accuracy, words, m, count);
+    // Building a slice's table takes about as long as 2048 look-ups in it.
+    torch::stable::parallel_for(0, weight.spans, grain(kSpanSlices * 2048 * count), [&](int64_t begin, int64_t end) {
+      prepare_spans(weight, accuracy, words, io, begin, end, tokens);
+    });
+    torch::stable::parallel_for(0, weight.chunks, grain(chunk_lookups * count / 8),
+                                [&](int64_t begin, int64_t end) { rows(tokens, begin, end); });
+  }
+}
+
+void run_bytes(const PackedBytes& weight, Accuracy accuracy, bool biqgemm, const Io& io) {
+  const int64_t chunk_lookups = kChunkBlocks * kByteRows * weight.slices * weight.bits;
+  if (biqgemm && accuracy != Accuracy::kNearExact) {
+    run_byte_kernel(
+        weight, accuracy, true, io, kWordTokens, chunk_lookups,
+        [&](const ByteTokens& tokens, int64_t begin, int64_t end) { biqgemm_chunks(weight, io, tokens, begin, end); });
+  } else {
+    run_byte_kernel(weight, accuracy, false, io, kByteTokens, chunk_lookups,
+                    [&](const ByteTokens& tokens, int64_t begin, int64_t end) {
+                      lut_gemm_chunks(weight, accuracy, io, tokens, begin, end);
+                    });
+  }
+}
+
+Tensor bytes_linear(const Tensor& x, const uint8_t* packed, int64_t bytes, const std::optional<Tensor>& bias, int64_t N,
+                    bool biqgemm, Isa isa, Accuracy accuracy) {
+  check(isa >= Isa::kAvx512Vbmi, "packed: it is laid out for isa=3 (avx512vbmi), isa=", int(isa), " was asked for");
+  check(accuracy != Accuracy::kExact, "packed: it is laid out for integer tables, accuracy=3 (exact) was asked for");
+  PackedBytes weight;
+  const char* fault = parse_byte_layout(packed, bytes, &weight);
+  check(fault == nullptr, "packed: ", fault ? fault : "", "; make it with lutgemm::_bcq_pack_cpu");
+  check(weight.N == N, "packed: it holds N=", weight.N, ", N=", N, " was asked for");
+  Tensor y;
+  const Io io = make_io(x, bias, y, weight.N, weight.K);
+  if (io.M > 0) run_bytes(weight, accuracy, biqgemm, io);
+  return y;
+}
+
 Tensor bcq_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N, bool biqgemm,
                       int64_t isa_number, int64_t accuracy_number) {
   const Isa isa = requested_isa(isa_number);
-  requested_accuracy(accuracy_number);
+  const Accuracy accuracy = requested_accuracy(accuracy_number);
   check_tensor(packed, "packed", {-1});
   check(packed.scalar_type() == ScalarType::Byte, "packed: must be uint8");
+  const auto* data = static_cast<const uint8_t*>(packed.const_data_ptr());
+  if (is_byte_layout(data, packed.numel())) {
+    return bytes_linear(x, data, packed.numel(), bias, N, biqgemm, isa, accuracy);
+  }
   PackedBcq weight;
-  const char* fault = parse_packed(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.numel(), &weight);
+  const char* fault = parse_packed(data, packed.numel(), &weight);
   check(fault == nullptr, "packed: ", fault ? fault : "", "; make it with lutgemm::_bcq_pack_cpu");
   check(weight.N == N, "packed: it holds N=", weight.N, ", N=", N, " was asked for");
   Tensor y;
@@ -128,8 +190,8 @@ int64_t best_cpu_isa() { return int64_t(cpu_isa()); }
 STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
   m.def("_cpu_isa() -> int");
   m.def(
-      "_bcq_pack_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, bool uniform) "
-      "-> Tensor");
+      "_bcq_pack_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, bool uniform, "
+      "bool bytes) -> Tensor");
   m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, bool biqgemm, int isa, int accuracy) -> Tensor");
   m.def(
       "_bcq_dequantize_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, "

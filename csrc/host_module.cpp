@@ -1,5 +1,6 @@
 // lutgemm._host: what the CPU is and how fast its memory is, and packing of binary codes over NumPy arrays.
-// No torch. Long loops run without the GIL. A bad shape, dtype or count raises ValueError.
+// No torch. Long loops run without the GIL. A bad shape, dtype or count raises ValueError, a thread that the system
+// refuses RuntimeError.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +16,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "host/bind_dense_gemv.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -116,6 +119,33 @@ uint64_t sum_words(const uint64_t* data, int64_t count) {
   return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
 }
 
+// Threads that are joined before this object goes, also when starting a further one throws.
+class Threads {
+ public:
+  Threads() = default;
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+  ~Threads() { join(); }
+
+  template <class Work>
+  void start(const Work& work) {
+    try {
+      running_.emplace_back(work);
+    } catch (const std::system_error& error) {
+      throw std::runtime_error("the system refused thread " + std::to_string(running_.size() + 2) + " (" +
+                               error.code().message() + "); use fewer threads or raise the limit (ulimit -u)");
+    }
+  }
+
+  void join() {
+    for (std::thread& thread : running_) thread.join();
+    running_.clear();
+  }
+
+ private:
+  std::vector<std::thread> running_;
+};
+
 // Seconds of each of `repeats` passes over `nbytes`, split evenly among `threads`; one pass before them is not timed.
 // `work(begin, end)` does the words [begin, end). A pass includes starting its threads beyond the first.
 template <class Work>
@@ -123,11 +153,12 @@ std::vector<double> time_passes(int64_t words, int repeats, int threads, const W
   std::vector<double> seconds;
   for (int repeat = -1; repeat < repeats; ++repeat) {
     const double start = seconds_now();
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t)
-      others.emplace_back([&, t] { work(words * t / threads, words * (t + 1) / threads); });
+    Threads others;
+    for (int t = 1; t < threads; ++t) {
+      others.start([&, t] { work(words * t / threads, words * (t + 1) / threads); });
+    }
     work(0, words / threads);
-    for (std::thread& other : others) other.join();
+    others.join();
     if (repeat >= 0) seconds.push_back(seconds_now() - start);
   }
   return seconds;
@@ -234,5 +265,6 @@ PYBIND11_MODULE(_host, m) {
         "Seconds of each of `repeats` memcpy of `nbytes` (so 2 * nbytes of traffic), split among `threads`.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("nbytes"), py::arg("repeats"), py::arg("threads") = 1,
         "Seconds of each of `repeats` sums over `nbytes`, split among `threads`.");
+  lutgemm::host::bind_dense_gemv(m);
   m.def("now", &seconds_now, "Seconds of std::chrono::steady_clock, the clock of the loops above.");
 }

@@ -9,7 +9,7 @@ namespace lutgemm {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3, kInt16 = 4 };
 
-// Instruction sets, each including the ones before it. kAvx512 = F, BW, DQ and VL; kAvx512Vbmi adds VBMI.
+// Instruction sets, each including the ones before it. kAvx512 = F, BW, DQ and VL; kAvx512Vbmi adds VBMI and GFNI.
 enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi = 3 };
 
 // The least accuracy asked for: tables of 8, 12 or 16 bits, or fp32. A kernel may be more accurate than asked.

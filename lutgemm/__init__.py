@@ -5,6 +5,10 @@ y[M, N] = x[M, K] @ W[N, K].T + bias        M tokens, N out_features, K in_featu
 
 from __future__ import annotations
 
+from . import _startup as _startup  # first of all imports
+
+# isort: split
+
 from typing import TYPE_CHECKING, Any
 
 from .backends import backends
@@ -12,7 +16,7 @@ from .config import BCQConfig, CodebookConfig
 from .errors import ArgumentError, BackendError, CheckpointError, FormatError, LutgemmError
 from .formats import BCQWeight, CodebookWeight
 from .integrations import register_with_transformers
-from .nn import BCQLinear, CodebookLinear, replace_linear
+from .nn import BCQLinear, CodebookLinear, replace_linear, set_accuracy
 from .ops import bcq_linear, codebook_linear
 from .quantize import quantize_bcq, quantize_codebook
 
@@ -38,6 +42,7 @@ __all__ = [
     "quantize_bcq",
     "quantize_codebook",
     "replace_linear",
+    "set_accuracy",
 ]
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sysconfig
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +40,11 @@ def load_ops(name: str = "_C") -> str | None:
 @cache
 def host() -> tuple[ModuleType | None, str | None]:
     """(the torch-free host module `lutgemm._host`, None), or (None, why it is absent)."""
-    if not list(_HERE.glob("_host.*.so")):
+    wanted = f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not (_HERE / wanted).is_file():
+        others = ", ".join(sorted(path.name for path in _HERE.glob("_host.*.so")))
+        if others:
+            return None, f"{others} is for another Python; this one needs {wanted}: reinstall lutgemm with it"
         return None, _build_reason("_host")
     try:
         return importlib.import_module("lutgemm._host"), None

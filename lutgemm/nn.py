@@ -10,9 +10,12 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from tqdm import tqdm
 
 from . import ops
+from ._plain import any_autocast
+from .accuracy import AUTO, resolve_accuracy
 from .config import BCQConfig, CodebookConfig
 from .coverage import CoverageReport, LayerReport, SkippedReport
 from .errors import ArgumentError, FormatError, LutgemmError
@@ -31,10 +34,17 @@ class QuantizedLinear(nn.Module):
 
     x: `[..., K]`, fp32, fp16 or bf16; y is of x's dtype. A bias must have x's dtype, as in `nn.Linear`; under autocast
     x and bias are cast to autocast's dtype, as in `nn.Linear`.
+
+    Kernels prepare a layout of their own at the first call and keep it while the tensors live. Changes of the tensors
+    in place are noticed, also under `torch.compile`; after a change through `.data` (`layer.scales.data.mul_(2)`),
+    which torch does not count, call `layer.weight_record.repack()`.
     """
 
     format: ClassVar[str]
+    op: ClassVar[Callable[..., Tensor]]
     bias: Tensor | None
+    accuracy: str = AUTO
+    """The least accuracy of `forward`, as `lutgemm.bcq_linear` takes it; see `set_accuracy`."""
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -50,7 +60,7 @@ class QuantizedLinear(nn.Module):
             if tensor.is_floating_point():
                 self.register_parameter(name, _parameter(tensor, requires_grad=False))
             else:
-                self.register_buffer(name, tensor)
+                self.register_buffer(name, _normal(tensor))
         self.register_parameter("bias", None if bias is None else _parameter(bias, bias.requires_grad))
         self._record: QuantizedWeight | None = None
 
@@ -95,6 +105,8 @@ class QuantizedLinear(nn.Module):
         """The weight; its tensors are the module's own. A tensor that was replaced is picked up."""
         record = self._record
         if record is None or not self._aliases(record):
+            if not is_compiling():
+                self._leave_inference_mode()
             record = FORMATS[self.format](self.layout, self._record_tensors())
             self._record = record
         return record
@@ -106,12 +118,10 @@ class QuantizedLinear(nn.Module):
         return self.weight_record.dequantize(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias, device = self.bias, x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in ops.ACTIVATION_DTYPES:
-            dtype = torch.get_autocast_dtype(device)
-            x = x.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return ops.linear(x, self.weight_record, bias)
+        bias: Tensor | None = self._parameters["bias"]
+        if is_compiling() or any_autocast():
+            x, bias = _autocast(x, bias)
+        return self.op(x, self.weight_record, bias, accuracy=self.accuracy)
 
     def extra_repr(self) -> str:
         bits = self.layout.bits_per_weight
@@ -122,10 +132,20 @@ class QuantizedLinear(nn.Module):
 
     def _aliases(self, record: QuantizedWeight) -> bool:
         buffers, parameters = self._buffers, self._parameters
-        return all(tensor is (buffers[n] if n in buffers else parameters[n]) for n, tensor in record.tensors.items())
+        for name, tensor in record.tensors.items():
+            if tensor is not (buffers[name] if name in buffers else parameters[name]):
+                return False
+        return True
+
+    def _leave_inference_mode(self) -> None:
+        """Replace tensors made in inference mode, whose changes torch does not count, by normal copies."""
+        for held in (self._parameters, self._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_inference():
+                    held[name] = _normal(tensor)  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the record and its packed form out; the copy builds its own."""
+        """Copies and pickles leave the record out; the copy builds its own."""
         return self.__dict__ | {"_record": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -137,7 +157,9 @@ class QuantizedLinear(nn.Module):
             keep = moved.dtype == tensor.dtype or any(tensor is c for c in cast)
             return moved if keep else tensor.to(moved.device)
 
-        super()._apply(move_record, recurse)
+        with torch.inference_mode(False):
+            self._leave_inference_mode()
+            super()._apply(move_record, recurse)
         asked = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.dtype = asked if asked.is_floating_point else self.dtype
         self._record = None
@@ -154,6 +176,7 @@ class QuantizedLinear(nn.Module):
             except FormatError as error:
                 raise FormatError(f"{prefix.removesuffix('.')}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._leave_inference_mode()
         self._record = None
 
 
@@ -161,22 +184,55 @@ class BCQLinear(QuantizedLinear):
     """A linear layer over a `BCQWeight`: LUT-GEMM, BiQGEMM or dequantize-and-matmul, as `lutgemm.bcq_linear` picks."""
 
     format = "bcq"
+    op = staticmethod(ops.bcq_linear)
 
 
 class CodebookLinear(QuantizedLinear):
     """A linear layer over a `CodebookWeight`: CodeGEMM or dequantize-and-matmul, as `lutgemm.codebook_linear` picks."""
 
     format = "codebook"
+    op = staticmethod(ops.codebook_linear)
 
 
 LINEAR_CLASSES: dict[str, type[QuantizedLinear]] = {"bcq": BCQLinear, "codebook": CodebookLinear}
 
 
+def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and bias in the dtype that autocast asks for on their device, if it is on."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype not in ops.ACTIVATION_DTYPES:
+        return x, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of its own kind where it was made in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        copy = tensor.clone()
+        return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
 def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     """`tensor` itself when it is a parameter of that kind, else a parameter that aliases it."""
-    if isinstance(tensor, nn.Parameter) and tensor.requires_grad == requires_grad:
+    if isinstance(tensor, nn.Parameter) and tensor.requires_grad == requires_grad and not tensor.is_inference():
         return tensor
-    return nn.Parameter(tensor.detach(), requires_grad=requires_grad)
+    with torch.inference_mode(False):
+        return nn.Parameter(_normal(tensor).detach(), requires_grad=requires_grad)
+
+
+def set_accuracy(model: nn.Module, accuracy: str) -> int:
+    """Ask every quantized layer of `model` for that accuracy (as `lutgemm.bcq_linear` takes it); returns how many.
+
+    Raises `ArgumentError` for an unknown name.
+    """
+    resolve_accuracy(accuracy)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    for layer in layers:
+        layer.accuracy = accuracy
+    return len(layers)
 
 
 def is_conv1d(module: nn.Module) -> bool:

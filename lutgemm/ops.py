@@ -13,21 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import AUTO, Problem, select
+from ._plain import is_plain
+from .accuracy import AUTO, resolve_accuracy
+from .backends import Kernel, Problem, select
 from .errors import ArgumentError
 from .formats import BCQWeight, CodebookWeight, QuantizedWeight
 from .gradients import bcq_gradients, codebook_gradients
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+FEW_TOKENS = 64
+"""Up to this M the choice of a kernel is kept with the weight: there it is a noticeable part of a call."""
+
 _library = torch.library.Library("lutgemm", "FRAGMENT")
 _library.define(
     "bcq_linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, Tensor? ratios, Tensor? bias, "
-    "Tensor? packed, int group_size, str scale_kind, str backend, str algorithm) -> Tensor"
+    "int group_size, str scale_kind, str backend, str algorithm, str accuracy) -> Tensor"
 )
 _library.define(
-    "codebook_linear(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias, Tensor? packed, "
-    "int group_size, str backend, str algorithm) -> Tensor"
+    "codebook_linear(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias, int group_size, "
+    "str backend, str algorithm, str accuracy) -> Tensor"
 )
 _library.define(
     "bcq_linear_backward(Tensor grad_y, Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, "
@@ -40,60 +45,75 @@ _library.define(
 
 
 def bcq_linear(
-    x: Tensor, weight: BCQWeight, bias: Tensor | None = None, *, backend: str = AUTO, algorithm: str = AUTO
+    x: Tensor,
+    weight: BCQWeight,
+    bias: Tensor | None = None,
+    *,
+    backend: str = AUTO,
+    algorithm: str = AUTO,
+    accuracy: str = AUTO,
 ) -> Tensor:
     """`x @ W.T + bias` for a BCQ weight.
 
     x: `[..., K]`, fp32, fp16 or bf16, on the weight's device. bias: `[N]`, of x's dtype. Returns `[..., N]` of x's
     dtype; sums are fp32. backend: "auto" or a key of `lutgemm.backends()`. algorithm: "auto", "lut_gemm" (LUT-GEMM,
     ICLR 2024, section 3), "biqgemm" (BiQGEMM, SC 2020) or "dequantize". An explicit choice runs or raises.
+    accuracy: the least that will do: "fast" (tables of 8 bits), "accurate" (12 bits; what "auto" means), "near-exact"
+    (16 bits) or "exact" (fp32). A kernel may be more exact than that; see `lutgemm.accuracy`.
 
     Raises `ArgumentError` for a wrong shape, dtype, device or name, `BackendError` when an explicit choice cannot run.
     """
     if not isinstance(weight, BCQWeight):
         raise ArgumentError(f"weight: got {type(weight).__name__}, bcq_linear takes a BCQWeight")
     _check(x, weight, bias)
-    t = weight.tensors
-    y = torch.ops.lutgemm.bcq_linear(
-        x.reshape(-1, weight.shape[1]),
-        t["codes"],
-        t["scales"],
-        t.get("offsets"),
-        t.get("zeros"),
-        t.get("ratios"),
-        bias,
-        weight.packed(),
-        weight.group_size,
-        weight.scale_kind,
-        backend,
-        algorithm,
-    )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    t, shape = weight.tensors, x.shape
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    record = (t["codes"], t["scales"], t.get("offsets"), t.get("zeros"), t.get("ratios"))
+    group_size, scale_kind = weight.group_size, weight.layout.scale_kind
+    if _direct(x, weight, bias):
+        key = (flat.shape[0], x.dtype, backend, algorithm, accuracy)
+        choice = weight.choices.get(key)
+        if choice is None:
+            choice = _bcq_choice(flat, t["codes"], group_size, scale_kind, backend, algorithm, accuracy)
+            _remember(weight, key, choice)
+        kernel, name, level = choice
+        y = kernel(flat, *record, bias, group_size, scale_kind, name, level)
+    else:
+        y = torch.ops.lutgemm.bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
+    return y if flat is x else y.view(*shape[:-1], weight.shape[0])
 
 
 def codebook_linear(
-    x: Tensor, weight: CodebookWeight, bias: Tensor | None = None, *, backend: str = AUTO, algorithm: str = AUTO
+    x: Tensor,
+    weight: CodebookWeight,
+    bias: Tensor | None = None,
+    *,
+    backend: str = AUTO,
+    algorithm: str = AUTO,
+    accuracy: str = AUTO,
 ) -> Tensor:
     """`x @ W.T + bias` for a codebook weight.
 
-    Shapes, dtypes, `backend` and errors as in `bcq_linear`. algorithm: "auto", "codegemm" (CodeGEMM, NeurIPS 2025,
-    section 3: the Psumbook) or "dequantize".
+    Shapes, dtypes, `backend`, `accuracy` and errors as in `bcq_linear`. algorithm: "auto", "codegemm" (CodeGEMM,
+    NeurIPS 2025, section 3: the Psumbook) or "dequantize".
     """
     if not isinstance(weight, CodebookWeight):
         raise ArgumentError(f"weight: got {type(weight).__name__}, codebook_linear takes a CodebookWeight")
     _check(x, weight, bias)
-    y = torch.ops.lutgemm.codebook_linear(
-        x.reshape(-1, weight.shape[1]),
-        weight.codes,
-        weight.codebooks,
-        weight.scales,
-        bias,
-        weight.packed(),
-        weight.group_size,
-        backend,
-        algorithm,
-    )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    t, shape = weight.tensors, x.shape
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    record = (t["codes"], t["codebooks"], t["scales"])
+    if _direct(x, weight, bias):
+        key = (flat.shape[0], x.dtype, backend, algorithm, accuracy)
+        choice = weight.choices.get(key)
+        if choice is None:
+            choice = _codebook_choice(flat, *record[:2], weight.group_size, backend, algorithm, accuracy)
+            _remember(weight, key, choice)
+        kernel, name, level = choice
+        y = kernel(flat, *record, bias, weight.group_size, name, level)
+    else:
+        y = torch.ops.lutgemm.codebook_linear(flat, *record, bias, weight.group_size, backend, algorithm, accuracy)
+    return y if flat is x else y.view(*shape[:-1], weight.shape[0])
 
 
 def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, **choice: str) -> Tensor:
@@ -107,16 +127,65 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, **cho
 
 def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> None:
     n, k = weight.shape
-    if x.ndim < 1 or x.shape[-1] != k:
-        raise ArgumentError(f"x: got shape {list(x.shape)}, its last dimension must be K={k} (weight is {n}x{k})")
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise ArgumentError(f"x: got dtype {x.dtype}, use torch.float32, torch.float16 or torch.bfloat16")
-    if x.device != weight.device:
-        raise ArgumentError(f"x is on {x.device}, the weight on {weight.device}; move one with .to()")
-    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if len(shape) < 1 or shape[-1] != k:
+        raise ArgumentError(f"x: got shape {list(shape)}, its last dimension must be K={k} (weight is {n}x{k})")
+    if dtype not in ACTIVATION_DTYPES:
+        raise ArgumentError(f"x: got dtype {dtype}, use torch.float32, torch.float16 or torch.bfloat16")
+    if device != weight.tensors["codes"].device:
+        raise ArgumentError(f"x is on {device}, the weight on {weight.device}; move one with .to()")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != dtype or bias.device != device):
         raise ArgumentError(
-            f"bias: got {bias.dtype} {list(bias.shape)} on {bias.device}, expected {x.dtype} [{n}] on {x.device}"
+            f"bias: got {bias.dtype} {list(bias.shape)} on {bias.device}, expected {dtype} [{n}] on {device}"
         )
+
+
+def _direct(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> bool:
+    """Whether the dispatcher would do nothing for this call but run `_bcq_run` or `_codebook_run`.
+
+    Those calls go past it: the dispatcher's way through Python took 14 us of the 20 us of a call of a small layer.
+    """
+    if not (is_plain(x) and x.is_cpu):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    if x.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    return not any([tensor.requires_grad for tensor in weight.tensors.values()])  # noqa: C419 (a list is faster)
+
+
+Choice = tuple[Kernel, str, int]
+"""The function of a backend that runs a call, and its last arguments: the algorithm and the accuracy."""
+
+
+def _remember(weight: QuantizedWeight, key: tuple[Any, ...], choice: Choice) -> None:
+    """Keep a choice with the weight where time counts; `select` keeps the others."""
+    if key[0] <= FEW_TOKENS:
+        weight.choices[key] = choice
+
+
+def _bcq_choice(
+    x: Tensor, codes: Tensor, group_size: int, scale_kind: str, backend: str, algorithm: str, accuracy: str
+) -> Choice:
+    m, k = x.shape
+    bits, n = codes.shape[:2]
+    level = resolve_accuracy(accuracy)
+    problem = Problem("bcq_linear", x.device.type, x.dtype, m, n, k, group_size, bits, scale_kind, accuracy=level)
+    chosen, name = select(problem, backend, algorithm)
+    return chosen.bcq_linear, name, level
+
+
+def _codebook_choice(
+    x: Tensor, codes: Tensor, codebooks: Tensor, group_size: int, backend: str, algorithm: str, accuracy: str
+) -> Choice:
+    m, k = x.shape
+    num_codebooks, n = codes.shape[:2]
+    vec_len, codebook_bits = codebooks.shape[2], codebooks.shape[1].bit_length() - 1
+    level = resolve_accuracy(accuracy)
+    shape = (m, n, k, group_size, num_codebooks)
+    problem = Problem("codebook_linear", x.device.type, x.dtype, *shape, "", vec_len, codebook_bits, level)
+    chosen, name = select(problem, backend, algorithm)
+    return chosen.codebook_linear, name, level
 
 
 def _bcq_run(
@@ -127,17 +196,14 @@ def _bcq_run(
     zeros: Tensor | None,
     ratios: Tensor | None,
     bias: Tensor | None,
-    packed: Tensor | None,
     group_size: int,
     scale_kind: str,
     backend: str,
     algorithm: str,
+    accuracy: str,
 ) -> Tensor:
-    m, k = x.shape
-    bits, n = codes.shape[:2]
-    problem = Problem("bcq_linear", x.device.type, x.dtype, m, n, k, group_size, bits, scale_kind)
-    chosen, name = select(problem, backend, algorithm)
-    return chosen.bcq_linear(x, codes, scales, offsets, zeros, ratios, bias, packed, group_size, scale_kind, name)
+    kernel, name, level = _bcq_choice(x, codes, group_size, scale_kind, backend, algorithm, accuracy)
+    return kernel(x, codes, scales, offsets, zeros, ratios, bias, group_size, scale_kind, name, level)
 
 
 def _codebook_run(
@@ -146,28 +212,13 @@ def _codebook_run(
     codebooks: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    packed: Tensor | None,
     group_size: int,
     backend: str,
     algorithm: str,
+    accuracy: str,
 ) -> Tensor:
-    m, k = x.shape
-    num_codebooks, n = codes.shape[:2]
-    vec_len, codebook_bits = codebooks.shape[2], codebooks.shape[1].bit_length() - 1
-    problem = Problem(
-        "codebook_linear",
-        x.device.type,
-        x.dtype,
-        m,
-        n,
-        k,
-        group_size,
-        num_codebooks,
-        vec_len=vec_len,
-        codebook_bits=codebook_bits,
-    )
-    chosen, name = select(problem, backend, algorithm)
-    return chosen.codebook_linear(x, codes, codebooks, scales, bias, packed, group_size, name)
+    kernel, name, level = _codebook_choice(x, codes, codebooks, group_size, backend, algorithm, accuracy)
+    return kernel(x, codes, codebooks, scales, bias, group_size, name, level)
 
 
 _library.impl("bcq_linear", _bcq_run, "CompositeExplicitAutograd")
@@ -225,7 +276,7 @@ def _spread(grads: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
 
 
 def _bcq_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, offsets, zeros, ratios, _, _, ctx.group_size, ctx.scale_kind, _, _ = inputs
+    x, codes, scales, offsets, zeros, ratios, _, ctx.group_size, ctx.scale_kind, _, _, _ = inputs
     ctx.save_for_backward(x, codes, scales, offsets, zeros, ratios)
 
 
@@ -244,7 +295,7 @@ def _bcq_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _codebook_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, codebooks, scales, _, _, ctx.group_size, _, _ = inputs
+    x, codes, codebooks, scales, _, ctx.group_size, _, _, _ = inputs
     ctx.save_for_backward(x, codes, codebooks, scales)
 
 

@@ -51,7 +51,8 @@ class KernelRun:
     case: OpCase
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        return linear(inputs.x, inputs.weight, inputs.bias, backend=self.target.backend, algorithm=self.algorithm)
+        choice = {"backend": self.target.backend, "algorithm": self.algorithm, "accuracy": self.case.accuracy}
+        return linear(inputs.x, inputs.weight, inputs.bias, **choice)
 
     def __str__(self) -> str:
         return f"{self.target.name}-{self.algorithm}-{self.case.name}"

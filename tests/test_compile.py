@@ -1,7 +1,6 @@
 """torch.compile, torch.export, opcheck and autograd of the ops and layers."""
 
 import copy
-import dataclasses
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 import lutgemm
+from lutgemm.backends import cpu, prepared
 from lutgemm.backends import reference as reference_backend
 from lutgemm.errors import ArgumentError
 from lutgemm.formats import BCQWeight
@@ -35,12 +35,19 @@ def _fresh_dynamo():
 
 
 @pytest.fixture
+def preparations(monkeypatch):
+    """A list that grows by one for each weight that is prepared for a kernel."""
+    if not cpu.available_isas():
+        pytest.skip("only the compiled kernels prepare weights")
+    made, keep = [], prepared.keep
+    monkeypatch.setattr(prepared, "keep", lambda *arguments: made.append(1) or keep(*arguments))
+    return made
+
+
+@pytest.fixture
 def only_reference(monkeypatch):
-    """Everything runs on the reference backend, which packs nothing."""
-    _use(monkeypatch, reference_backend.BACKEND)
-
-
-def _use(monkeypatch, backend):
+    """Everything runs on the reference backend, which prepares nothing."""
+    backend = reference_backend.BACKEND
     module = sys.modules["lutgemm.backends"]
     monkeypatch.setattr(module, "registry", lambda: {backend.name: backend})
     module.select.cache_clear()
@@ -64,32 +71,82 @@ def test_layer_compiles_to_one_graph(kind):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_layer_that_never_ran_compiles(kind):
-    """Nothing is packed while a graph is traced: the compiled layer reads the record itself."""
+def test_layer_that_never_ran_compiles_and_prepares_once(kind, preparations):
     layer, x = layer_of(kind), torch.randn(5, K)
     twin = copy.deepcopy(layer)
     assert twin._record is None
-    torch.testing.assert_close(torch.compile(twin, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(twin, fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(compiled(x), layer(x))
+    assert len(preparations) == 2  # one of each layer
 
 
-def test_compiled_layer_uses_the_packed_form_that_exists(monkeypatch):
-    """A backend that computes from `packed` alone, so that its absence would be an error."""
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_changes_between_calls_of_a_compiled_layer_are_seen(kind, preparations):
+    layer, x = layer_of(kind), torch.randn(5, K)
+    layer.requires_grad_(False)
+    layer.accuracy = "exact"
+    compiled = torch.compile(layer, fullgraph=True)
+    for expected_preparations in (1, 2, 3):
+        y = compiled(x)
+        dense = nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(y, dense, rtol=1e-3, atol=1e-3)
+        assert torch.equal(y, layer(x))
+        assert len(preparations) == expected_preparations
+        with torch.inference_mode() if expected_preparations == 2 else torch.no_grad():
+            layer.scales.mul_(3)
 
-    def from_packed(x, codes, scales, offsets, zeros, ratios, bias, packed, *_):
-        return x @ packed.T + bias
 
-    _use(
-        monkeypatch,
-        dataclasses.replace(
-            reference_backend.BACKEND,
-            device_types=("cpu",),
-            prepare=lambda weight: weight.dequantize(),
-            bcq_linear=from_packed,
-        ),
-    )
+def test_a_graph_that_changes_scales_computes_with_the_new_ones():
     layer, x = layer_of("free"), torch.randn(5, K)
-    y = layer(x)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), y)
+    layer.requires_grad_(False)
+    layer.accuracy = "exact"
+    twin = copy.deepcopy(layer)
+
+    @torch.compile(fullgraph=True)
+    def step(x: torch.Tensor) -> torch.Tensor:
+        layer.scales.mul_(0.5)
+        return layer(x)
+
+    for _ in range(3):
+        twin.scales.mul_(0.5)
+        assert torch.equal(step(x), twin(x))
+        assert torch.equal(layer(x), twin(x))
+    assert torch.equal(layer.scales, twin.scales)
+
+
+def test_a_compiled_optimizer_step_is_seen():
+    layer, x = layer_of("free"), torch.randn(5, K)
+    layer.scales.requires_grad_(True)
+    layer.accuracy = "exact"
+    optimizer = torch.optim.SGD([layer.scales], lr=0.1, foreach=True)
+    step = torch.compile(optimizer.step)
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        step()
+        optimizer.zero_grad()
+        y = nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch._inductor.config.patch(freezing=True)
+def test_frozen_weights_are_prepared_once(kind, preparations):
+    layer, x = layer_of(kind).requires_grad_(False), torch.randn(5, K)
+    with torch.no_grad():
+        y = layer(x)
+        compiled = torch.compile(layer, fullgraph=True)
+        for _ in range(3):
+            assert torch.equal(compiled(x), y)
+    assert len(preparations) <= 2
+
+
+def test_accuracy_can_change_after_compiling():
+    layer, x = layer_of("free"), torch.randn(5, K)
+    compiled = torch.compile(layer, fullgraph=True)
+    for accuracy in ("fast", "exact", "auto"):
+        assert lutgemm.set_accuracy(layer, accuracy) == 1
+        assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("kind", ["free", "codebook"])
@@ -216,29 +273,28 @@ def test_training_scales_lowers_the_loss():
     assert torch.equal(layer.codes, codes)
     layer.requires_grad_(False)
     torch.testing.assert_close(layer(x), linear(x, layer.weight_record, layer.bias))
+    layer.accuracy = "exact"
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)
 
 
-def op_arguments(kind: str, packed: bool, requires_grad: bool):
+def op_arguments(kind: str, requires_grad: bool):
     layer = layer_of(kind)
     record, x = layer.weight_record, torch.randn(3, K, requires_grad=requires_grad)
-    bias = layer.bias.detach()
-    t, form = record.tensors, record.packed() if packed else None
+    t, bias = record.tensors, layer.bias.detach()
     if kind == "codebook":
-        head = (x, t["codes"], t["codebooks"], t["scales"], bias, form, GROUP)
-        return torch.ops.lutgemm.codebook_linear.default, (*head, "auto", "auto")
-    head = (x, t["codes"], t["scales"], t.get("offsets"), t.get("zeros"), t.get("ratios"), bias, form, GROUP)
-    return torch.ops.lutgemm.bcq_linear.default, (*head, record.scale_kind, "auto", "auto")
+        head = (x, t["codes"], t["codebooks"], t["scales"], bias, GROUP)
+        return torch.ops.lutgemm.codebook_linear.default, (*head, "auto", "auto", "auto")
+    head = (x, t["codes"], t["scales"], t.get("offsets"), t.get("zeros"), t.get("ratios"), bias, GROUP)
+    return torch.ops.lutgemm.bcq_linear.default, (*head, record.scale_kind, "auto", "auto", "auto")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(kind, packed, requires_grad):
-    op, arguments = op_arguments(kind, packed, requires_grad)
+def test_opcheck(kind, requires_grad):
+    op, arguments = op_arguments(kind, requires_grad)
     torch.library.opcheck(op, arguments)
 
 
 def test_opcheck_of_the_reference(only_reference):
-    torch.library.opcheck(*op_arguments("free", False, True))
-    torch.library.opcheck(*op_arguments("codebook", False, True))
+    torch.library.opcheck(*op_arguments("free", True))
+    torch.library.opcheck(*op_arguments("codebook", True))

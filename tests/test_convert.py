@@ -15,11 +15,12 @@ from safetensors import safe_open
 
 import lutgemm
 from lutgemm import ArgumentError, BCQConfig, CheckpointError, CodebookConfig
-from lutgemm.checkpoint import quantize_checkpoint
+from lutgemm.checkpoint import quantize_checkpoint, small_files
 from lutgemm.checkpoint.estimate import dry_run
 from lutgemm.checkpoint.inspection import inspect_checkpoint
 from lutgemm.checkpoint.plan import Options
 from lutgemm.checkpoint.verification import verify_checkpoint
+from lutgemm.cli import main
 from lutgemm.formats import weight_from_state
 from lutgemm.integrations.quantization_config import parse
 from lutgemm.quantize import quantize, weight_error
@@ -50,7 +51,7 @@ def record(dst, module):
 
 
 @pytest.mark.parametrize("config", [RTN, CODEBOOK], ids=["bcq", "codebook"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi", "opt", "gpt2", "gpt2-base"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "opt", "gpt2", "gpt2-base"])
 def test_every_linear_layer_becomes_its_quantized_record(kind, config, tmp_path):
     src = tiny.make(tmp_path / "src", kind.removesuffix("-base"), torch.float16)
     if kind == "gpt2-base":
@@ -78,7 +79,7 @@ def test_every_linear_layer_becomes_its_quantized_record(kind, config, tmp_path)
             assert after[full].dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gpt2-base", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "opt", "gpt2-base", "mixtral"])
 def test_loaded_model_computes_with_the_quantized_weights(kind, tmp_path):
     """The logits are those of the original model with every quantized weight replaced by its dequantized form."""
     src = tiny.make(tmp_path / "src", kind.removesuffix("-base"), sharded=kind == "llama")
@@ -259,6 +260,24 @@ def test_small_files_are_copied_and_other_weights_are_not(tmp_path):
         "tokenizer.json",
     }
     assert (tmp_path / "dst" / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+def test_files_too_large_to_copy_are_reported(tmp_path, monkeypatch, capsys):
+    src = tiny.make(tmp_path / "src")
+    (src / "tokenizer.json").write_text(json.dumps({"vocab": "x" * 5000}))
+    (src / "vocab.txt").write_text("a")
+    monkeypatch.setattr(small_files, "LIMIT", 4000)
+    assert main(["quantize", str(src), str(tmp_path / "dst"), "--method", "rtn", "--json", "-q"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report == json.loads((tmp_path / "dst" / "report.json").read_text())
+    assert report["not_copied"] == {"tokenizer.json": 5013}
+    [line] = captured.err.splitlines()
+    assert "WARNING: tokenizer.json" in line
+    assert "NOT copied" in line
+    assert "tokenizer.json" in (tmp_path / "dst" / "report.md").read_text()
+    assert not (tmp_path / "dst" / "tokenizer.json").exists()
+    assert (tmp_path / "dst" / "vocab.txt").read_text() == "a"
 
 
 def test_unknown_architecture_goes_by_names_and_shapes(tmp_path):

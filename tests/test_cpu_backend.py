@@ -48,7 +48,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def run(x: Tensor, weight: BCQWeight, algorithm: str, bias: Tensor | None = None) -> Tensor:
-    return lutgemm.bcq_linear(x, weight, bias, backend="cpu", algorithm=algorithm)
+    return lutgemm.bcq_linear(x, weight, bias, backend="cpu", algorithm=algorithm, accuracy="exact")
 
 
 def record(weight: BCQWeight) -> tuple:
@@ -121,12 +121,11 @@ def test_no_tokens(algorithm: str, isa: str):
     assert run(i.x, i.weight, algorithm, i.bias).shape == (0, 65)
 
 
-def test_scales_under_training_use_the_record_itself(isa: str):
+def test_scales_under_training_give_the_same_bits(isa: str):
     i = OpCase(M=2, N=65, K=100, bits=3).inputs()
     y = run(i.x, i.weight, "lut_gemm")
     for t in ("scales", "offsets"):
         i.weight.tensors[t].requires_grad_(True)
-    assert i.weight.packed() is None
     trained = run(i.x, i.weight, "lut_gemm")
     assert_equal(trained, y)
     trained.sum().backward()
@@ -241,40 +240,63 @@ def test_every_row_of_the_table_can_be_taken():
 PACKED = OpCase(N=70, K=100, bits=3, group_size=64).weight()
 
 
-def damaged(offset: int, values: list[int]) -> Tensor:
-    packed = torch.ops.lutgemm._bcq_pack_cpu(*record(PACKED))
+def damaged(offset: int, values: list[int], as_bytes: bool) -> Tensor:
+    packed = torch.ops.lutgemm._bcq_pack_cpu(*record(PACKED), as_bytes)
     packed[offset : offset + len(values)] = torch.tensor(values, dtype=torch.uint8)
     return packed
 
 
+LAYOUTS = [False] + [True] * ("avx512vbmi" in ISAS)
+BEST = {False: (0, 3), True: (3, 1)}
+"""isa and accuracy that read a layout, of words or of bytes."""
+
+
+@pytest.mark.parametrize("as_bytes", LAYOUTS)
 @pytest.mark.parametrize(
-    ("packed", "text"),
+    ("change", "text"),
     [
-        (lambda: torch.zeros(10, dtype=torch.uint8), "too short"),
-        (lambda: torch.zeros(4096, dtype=torch.uint8), "does not start"),
-        (lambda: torch.randint(0, 256, (4096,), dtype=torch.uint8), "does not start"),
-        (lambda: damaged(8, [0] * 8), "impossible N or K"),
-        (lambda: damaged(8, [255] * 8), "impossible N or K"),
-        (lambda: damaged(19, [2]), "impossible N or K"),
-        (lambda: damaged(24, [63]), "impossible group size"),
-        (lambda: damaged(24, [0] * 8), "impossible group size"),
-        (lambda: damaged(32, [0]), "number of bits"),
-        (lambda: damaged(32, [9]), "number of bits"),
-        (lambda: damaged(36, [2]), "unknown kind"),
-        (lambda: damaged(36, [1]), "unknown kind"),
-        (lambda: damaged(44, [3]), "unknown scale dtype"),
-        (lambda: damaged(32, [8]), "its size"),
-        (lambda: damaged(8, [200]), "its size"),
-        (lambda: damaged(0, [])[:-1], "its size"),
-        (lambda: damaged(8, [71]), "it holds N=71"),
-        (lambda: damaged(0, []).view(1, -1), "packed: got shape"),
-        (lambda: damaged(0, []).to(torch.int32), "packed: must be uint8"),
-        (lambda: damaged(0, []).repeat_interleave(2)[::2], "packed: must be contiguous"),
+        (lambda p: torch.zeros(10, dtype=torch.uint8), "too short"),
+        (lambda p: torch.zeros(4096, dtype=torch.uint8), "does not start"),
+        (lambda p: torch.randint(0, 256, (4096,), dtype=torch.uint8), "does not start"),
+        (lambda p: p(8, [0] * 8), "impossible N or K"),
+        (lambda p: p(8, [255] * 8), "impossible N or K"),
+        (lambda p: p(19, [2]), "impossible N or K"),
+        (lambda p: p(24, [63]), "impossible group size"),
+        (lambda p: p(24, [0] * 8), "impossible group size"),
+        (lambda p: p(32, [0]), "number of bits"),
+        (lambda p: p(32, [9]), "number of bits"),
+        (lambda p: p(36, [2]), "unknown kind"),
+        (lambda p: p(36, [1]), "unknown kind"),
+        (lambda p: p(44, [3]), "unknown scale dtype"),
+        (lambda p: p(32, [8]), "its size"),
+        (lambda p: p(8, [200]), "its size"),
+        (lambda p: p(0, [])[:-1], "its size"),
+        (lambda p: p(0, [])[:40], "too short"),
+        (lambda p: p(8, [71]), "it holds N=71"),
+        (lambda p: p(0, []).view(1, -1), "packed: got shape"),
+        (lambda p: p(0, []).to(torch.int32), "packed: must be uint8"),
+        (lambda p: p(0, []).repeat_interleave(2)[::2], "packed: must be contiguous"),
     ],
 )
-def test_a_wrong_packed_weight_is_refused(packed, text: str):
+def test_a_wrong_packed_weight_is_refused(change, text: str, as_bytes: bool):
+    packed = change(lambda offset, values: damaged(offset, values, as_bytes))
     with pytest.raises(RuntimeError, match=text):
-        torch.ops.lutgemm._bcq_linear_cpu(torch.zeros(2, 100), packed(), None, 70, True, 0, 3)
+        torch.ops.lutgemm._bcq_linear_cpu(torch.zeros(2, 100), packed, None, 70, True, *BEST[as_bytes])
+
+
+@pytest.mark.skipif("avx512vbmi" not in ISAS, reason="this CPU has no AVX-512 VBMI")
+@pytest.mark.parametrize(("choice", "text"), [((2, 1), "isa=3"), ((3, 3), "integer tables")])
+def test_the_layout_of_bytes_is_for_its_kernels_only(choice: tuple[int, int], text: str):
+    packed = damaged(0, [], as_bytes=True)
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.lutgemm._bcq_linear_cpu(torch.zeros(2, 100), packed, None, 70, True, *choice)
+
+
+@pytest.mark.skipif("avx512vbmi" not in ISAS, reason="this CPU has no AVX-512 VBMI")
+def test_the_layout_of_bytes_checks_the_dtype_of_zeros():
+    packed = damaged(48, [9], as_bytes=True)
+    with pytest.raises(RuntimeError, match="unknown dtype of zeros"):
+        torch.ops.lutgemm._bcq_linear_cpu(torch.zeros(2, 100), packed, None, 70, True, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +315,7 @@ def test_a_wrong_packed_weight_is_refused(packed, text: str):
     ],
 )
 def test_the_raw_operator_checks_its_arguments(changes: dict, text: str):
-    packed = torch.ops.lutgemm._bcq_pack_cpu(*record(PACKED))
+    packed = torch.ops.lutgemm._bcq_pack_cpu(*record(PACKED), False)
     arguments = {"x": torch.zeros(2, 100), "packed": packed, "bias": None, "N": 70, "biqgemm": False}
     arguments |= {"isa": 0, "accuracy": 3}
     assert torch.ops.lutgemm._bcq_linear_cpu(**arguments).shape == (2, 70)
@@ -324,7 +346,7 @@ def test_the_raw_operator_checks_its_arguments(changes: dict, text: str):
 )
 def test_packing_checks_its_arguments(changes: dict, text: str):
     names = ("codes", "scales", "offsets", "zeros", "K", "group_size", "uniform")
-    arguments = dict(zip(names, record(PACKED), strict=True))
+    arguments = dict(zip(names, record(PACKED), strict=True)) | {"bytes": False}
     with pytest.raises(RuntimeError, match=text):
         torch.ops.lutgemm._bcq_pack_cpu(**(arguments | changes))
 

@@ -71,7 +71,8 @@ def test_an_explicit_choice_runs(op):
     for name, reason in lutgemm.backends().items():
         for algorithm in ("auto", *backends.registry()[name].algorithms[op]):
             if reason is None:
-                outputs.append(lutgemm.ops.linear(inputs.x, inputs.weight, backend=name, algorithm=algorithm))
+                choice = {"backend": name, "algorithm": algorithm, "accuracy": "exact"}
+                outputs.append(lutgemm.ops.linear(inputs.x, inputs.weight, **choice))
     assert all(torch.equal(y, outputs[0]) for y in outputs)
 
 
@@ -134,6 +135,17 @@ def test_auto_falls_back_to_the_reference_and_warns_once(register):
         lutgemm.bcq_linear(inputs.x[:2], inputs.weight)
 
 
+def test_a_setting_that_cannot_be_obeyed_is_an_error_for_auto_too(register):
+    register(fake_backend(misconfigured=lambda: "FAST=yes is unknown; use on or off"))
+    inputs = OpCase().inputs()
+    for name in ("auto", "fast"):
+        with pytest.raises(BackendError, match="FAST=yes is unknown; use on or off"):
+            lutgemm.bcq_linear(inputs.x, inputs.weight, backend=name)
+    lutgemm.bcq_linear(inputs.x, inputs.weight, backend="reference")
+    with pytest.warns(RuntimeWarning, match="it runs on cpu, and x is on meta"):
+        assert backends.select(PROBLEM._replace(device="meta"))[0].name == "reference"
+
+
 def test_naming_the_reference_does_not_warn(register):
     register(fake_backend(unavailable=lambda: "not built"))
     inputs = OpCase().inputs()
@@ -181,17 +193,66 @@ def test_unknown_names_list_the_known_ones(op):
         backends.select(problem, "cpu", "fft")
 
 
+ASK_EACH = """
+import lutgemm
+from lutgemm.testing.cases import CASES, OpCase
+for op in CASES:
+    inputs = OpCase(op=op).inputs()
+    for backend in ("auto", "cpu", "reference"):
+        try:
+            lutgemm.ops.linear(inputs.x, inputs.weight, backend=backend)
+            print(backend, "ran")
+        except lutgemm.BackendError as error:
+            print(backend, error)
+print("listed", lutgemm.backends()["cpu"])
+"""
+"""Each line: who was asked, and "ran" or the error; then what `backends()` says of cpu."""
+
+
+def ask_each(**environment: str) -> list[tuple[str, str]]:
+    ran = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", ASK_EACH],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return [(line.partition(" ")[0], line.partition(" ")[2]) for line in ran.stdout.splitlines()]
+
+
 @pytest.mark.skipif(cpu.BACKEND.unavailable() is not None, reason=f"backend cpu: {cpu.BACKEND.unavailable()}")
-def test_the_environment_names_the_instruction_set_or_the_backend_says_why_not():
-    code = "import lutgemm; print(lutgemm.backends()['cpu'])"
-    for isa in ("scalar", "sse9"):
-        ran = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "LUTGEMM_CPU_ISA": isa},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        expected = "LUTGEMM_CPU_ISA='sse9' is unknown; use one of" if isa == "sse9" else "None"
-        assert ran.stdout.startswith(expected)
+def test_the_environment_names_the_instruction_set():
+    assert set(ask_each(LUTGEMM_CPU_ISA="scalar")) == {
+        ("auto", "ran"),
+        ("cpu", "ran"),
+        ("reference", "ran"),
+        ("listed", "None"),
+    }
+
+
+def test_an_instruction_set_that_nobody_has_is_an_error_and_no_fall_back():
+    for asked, answer in ask_each(LUTGEMM_CPU_ISA="sse9"):
+        if asked == "reference":
+            assert answer == "ran"
+        elif asked != "listed" or cpu.available_isas():
+            assert answer == f"LUTGEMM_CPU_ISA='sse9' is unknown; use one of {list(cpu.ISAS)} or unset it"
+
+
+def test_an_instruction_set_that_is_absent_is_an_error(monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "avx512")
+    for reason, isas, message in (
+        (None, ("scalar", "avx2"), r"='avx512', but this CPU has \['scalar', 'avx2'\]; use one of these or unset it"),
+        ("no compiler", (), r"='avx512', but there are no compiled kernels \(no compiler\); build them or unset it"),
+    ):
+        monkeypatch.setattr(cpu._native, "load_ops", lambda name, reason=reason: reason)
+        monkeypatch.setattr(cpu, "available_isas", lambda isas=isas: isas)
+        cpu._environment_isa.cache_clear()
+        backends.select.cache_clear()
+        try:
+            with pytest.raises(BackendError, match=cpu.ISA_VARIABLE + message):
+                backends.select(PROBLEM)
+        finally:
+            cpu._environment_isa.cache_clear()
+            backends.select.cache_clear()

@@ -1,6 +1,5 @@
 """SPEC.md pinned: golden bytes, values, round trips, nested precision, sizes and refusals."""
 
-import copy
 import math
 import re
 from pathlib import Path
@@ -382,18 +381,6 @@ def test_repr_tells_shape_and_size():
     assert "2x40, 3.20 bits per weight" in repr(bcq_example())
 
 
-def test_packed_is_rebuilt_after_an_in_place_change():
-    weight = random_bcq()
-    before = weight.packed()
-    assert weight.packed() is before
-    weight.scales.mul_(2)
-    after = weight.packed()
-    if before is not None:
-        assert not torch.equal(before, after)
-    weight.scales.requires_grad_(True)
-    assert weight.packed() is None
-
-
 def test_a_group_size_far_beyond_k_costs_no_memory_and_changes_nothing():
     codes, scales = pack_bits(torch.rand(2, 3, 50) > 0.5), torch.rand(2, 3, 1).half()
     huge = BCQWeight.build(codes, scales, in_features=50, group_size=2**24)
@@ -405,11 +392,3 @@ def test_a_group_size_far_beyond_k_costs_no_memory_and_changes_nothing():
         lutgemm.bcq_linear(x, huge, backend="reference", algorithm="lut_gemm"),
         lutgemm.bcq_linear(x, row, backend="reference", algorithm="lut_gemm"),
     )
-
-
-def test_copies_leave_the_packed_form_out():
-    weight = random_bcq()
-    weight.packed()
-    twin = copy.deepcopy(weight)
-    assert twin._packed is None
-    assert torch.equal(twin.dequantize(), weight.dequantize())

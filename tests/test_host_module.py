@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -121,6 +124,32 @@ def test_bandwidth_is_seconds_of_each_repeat(measure: str, threads: int) -> None
 def test_bandwidth_refuses(measure: str, arguments: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(HOST, measure)(*arguments)
+
+
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs the address space")
+@pytest.mark.parametrize("measure", ["copy_bandwidth", "read_bandwidth"])
+def test_a_thread_that_the_system_refuses_is_an_exception(measure: str) -> None:
+    """A little more address space than is in use holds the stacks of a few threads, not of a thousand."""
+    code = (
+        "import importlib.util as u, resource\n"
+        f"spec = u.spec_from_file_location('_host', {HOST.__file__!r})\n"
+        "host = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(host)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "hard = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), hard))\n"
+        "try:\n"
+        f"    host.{measure}(1 << 16, 3, 1000)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+        f"print(len(host.{measure}(1 << 16, 3, 1)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    refused, after = done.stdout.splitlines()
+    assert refused.startswith("the system refused thread ")
+    assert refused.endswith("use fewer threads or raise the limit (ulimit -u)")
+    assert after == "3"
 
 
 def test_long_loops_let_other_threads_run() -> None:

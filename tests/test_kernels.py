@@ -10,17 +10,21 @@ from conftest import KernelRun
 from lutgemm.formats import BCQWeight, CodebookWeight
 from lutgemm.testing.cases import CASES, Inputs, OpCase
 from lutgemm.testing.numerics import (
+    RELATIVE_ERROR,
     UNIT_ROUNDOFF,
     assert_equal,
     assert_within,
     error_bound,
     exact_result,
     rms,
+    rounded_allowance,
     torch_allowance,
 )
 
 ALL = [case for make in CASES.values() for case in make()]
-EXACT = [case for case in ALL if case.has_tier("exact")]
+FULL = [case for case in ALL if case.accuracy == "exact"]
+ROUNDED = [case for case in ALL if case.accuracy != "exact"]
+EXACT = [case for case in FULL if case.has_tier("exact")]
 
 STATISTICAL = 32
 """Elements from which on the root mean square error of a result means something."""
@@ -61,7 +65,7 @@ def limits(case: OpCase, algorithm: str) -> tuple[torch.Tensor, float]:
 
 
 def test_the_exact_tier_covers_nearly_every_case():
-    assert len(EXACT) >= 0.95 * len(ALL)
+    assert len(EXACT) >= 0.95 * len(FULL)
     assert {case.dtype for case in EXACT} == {"float32", "float16", "bfloat16"}
 
 
@@ -71,7 +75,7 @@ def test_exact_tier_is_bit_exact(run: KernelRun):
     assert_equal(run(inputs), truth.to(inputs.x.dtype), str(run))
 
 
-@pytest.mark.cases(ALL)
+@pytest.mark.cases(FULL)
 def test_random_tier_is_within_its_bounds(run: KernelRun):
     inputs, truth = prepared(run.case, "random")
     kept = inputs.x.clone()
@@ -83,6 +87,26 @@ def test_random_tier_is_within_its_bounds(run: KernelRun):
         own = rms(y.double() - truth)
         assert own <= allowed, f"{run}: rms error {own:.3e}, twice torch's and its floor are {allowed:.3e}"
     assert torch.equal(inputs.x, kept), "x was written to"
+
+
+@pytest.mark.cases(ROUNDED)
+def test_every_accuracy_keeps_its_error(run: KernelRun):
+    inputs, truth = prepared(run.case, "random")
+    y = run(inputs)
+    assert y.dtype == inputs.x.dtype
+    allowed = rounded_allowance(*vars(inputs).values(), run.case.accuracy)
+    assert_within(y, truth, float("inf"), str(run))
+    own = rms(y.double() - truth)
+    assert own <= allowed, f"{run}: rms error {own:.3e}, {run.case.accuracy} allows {allowed:.3e}"
+
+
+def test_the_least_accuracy_is_not_allowed_everything():
+    """The rules tell the accuracies apart: an error of twice one's own limit is refused."""
+    case = OpCase(M=16, N=130, K=256, outliers=True, dtype="float32")
+    inputs, truth = case.inputs(), exact_result(case.inputs().x, case.inputs().weight)
+    for accuracy, relative in RELATIVE_ERROR.items():
+        allowed = rounded_allowance(*vars(inputs).values(), accuracy)
+        assert 0.5 * relative < allowed / rms(truth) < 2 * relative
 
 
 @pytest.mark.cases(IDENTITY)
@@ -104,14 +128,15 @@ def test_identity_activations_return_the_weight(run: KernelRun):
 
 
 @pytest.mark.cases(EXACT[::5])
-def test_a_weight_in_training_needs_no_packed_layout(run: KernelRun):
-    """Kernels then read the record itself: the same bits."""
+def test_a_weight_in_training_gives_the_same_bits(run: KernelRun):
+    """Before and after a change of its scales in place."""
     inputs = run.case.inputs("exact")
     inputs.weight.scales.requires_grad_()
-    assert inputs.weight.packed() is None
-    with torch.no_grad():
-        y = run(inputs)
-    assert_equal(y, exact_result(inputs.x, inputs.weight, inputs.bias).detach().to(inputs.x.dtype), str(run))
+    for factor in (1.0, 2.0):
+        with torch.no_grad():
+            inputs.weight.scales.mul_(factor)
+            y, truth = run(inputs), exact_result(inputs.x, inputs.weight, inputs.bias)
+        assert_equal(y, truth.to(inputs.x.dtype), str(run))
 
 
 @pytest.mark.cases(STEADY)

@@ -2,19 +2,21 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lutgemm
+from lutgemm.accuracy import ACCURACIES
 from lutgemm.errors import ArgumentError
 from lutgemm.formats import BCQWeight, CodebookWeight, QuantizedWeight
 from lutgemm.formats.base import expand_groups
 from lutgemm.formats.bcq import unpack_signs
 from lutgemm.ops import linear
 from lutgemm.testing.cases import CASES, Inputs, OpCase
-from lutgemm.testing.numerics import assert_within, error_bound, exact_result
+from lutgemm.testing.numerics import RELATIVE_ERROR, assert_within, error_bound, exact_result, rms
 
 ALGORITHMS = {"bcq_linear": ("lut_gemm", "biqgemm", "dequantize"), "codebook_linear": ("codegemm", "dequantize")}
 FUNCTIONS = {"bcq_linear": lutgemm.bcq_linear, "codebook_linear": lutgemm.codebook_linear}
@@ -27,10 +29,11 @@ def op_arguments(inputs: Inputs, algorithm: str = "auto") -> tuple[torch._ops.Op
     t, weight = inputs.weight.tensors, inputs.weight
     if isinstance(weight, BCQWeight):
         optional = (t.get(name) for name in OPTIONAL)
-        tensors = (inputs.x, t["codes"], t["scales"], *optional, inputs.bias, None)
-        return torch.ops.lutgemm.bcq_linear.default, (*tensors, weight.group_size, weight.scale_kind, "auto", algorithm)
-    tensors = (inputs.x, t["codes"], t["codebooks"], t["scales"], inputs.bias, None)
-    return torch.ops.lutgemm.codebook_linear.default, (*tensors, weight.group_size, "auto", algorithm)
+        tensors = (inputs.x, t["codes"], t["scales"], *optional, inputs.bias)
+        choice = (weight.group_size, weight.scale_kind, "auto", algorithm, "exact")
+        return torch.ops.lutgemm.bcq_linear.default, (*tensors, *choice)
+    tensors = (inputs.x, t["codes"], t["codebooks"], t["scales"], inputs.bias)
+    return torch.ops.lutgemm.codebook_linear.default, (*tensors, weight.group_size, "auto", algorithm, "exact")
 
 
 CHECKED = [
@@ -99,17 +102,18 @@ def test_the_fake_has_the_shape_strides_and_dtype_of_the_result(op, algorithm, l
 def test_leading_dimensions_of_x(op, algorithm):
     inputs = OpCase(op=op, M=6, bias=True).inputs("exact")
     k, n = inputs.x.shape[1], inputs.weight.shape[0]
-    flat = FUNCTIONS[op](inputs.x, inputs.weight, inputs.bias, algorithm=algorithm)
+    call = partial(FUNCTIONS[op], weight=inputs.weight, bias=inputs.bias, algorithm=algorithm, accuracy="exact")
+    flat = call(inputs.x)
     assert torch.equal(flat.double(), exact_result(inputs.x, inputs.weight, inputs.bias))
     for lead in ((2, 3), (1, 6), (2, 1, 3, 1)):
-        y = FUNCTIONS[op](inputs.x.view(*lead, k), inputs.weight, inputs.bias, algorithm=algorithm)
+        y = call(inputs.x.view(*lead, k))
         assert torch.equal(y, flat.view(*lead, n))
-    assert torch.equal(FUNCTIONS[op](inputs.x[0], inputs.weight, inputs.bias, algorithm=algorithm), flat[0])
+    assert torch.equal(call(inputs.x[0]), flat[0])
     for lead in ((0,), (0, 4), (3, 0, 2)):
-        empty = FUNCTIONS[op](inputs.x.new_empty(*lead, k), inputs.weight, inputs.bias, algorithm=algorithm)
+        empty = call(inputs.x.new_empty(*lead, k))
         assert empty.shape == (*lead, n)
     permuted = inputs.x.view(2, 3, k).transpose(0, 1)
-    y = FUNCTIONS[op](permuted, inputs.weight, inputs.bias, algorithm=algorithm)
+    y = call(permuted)
     assert torch.equal(y, flat.view(2, 3, n).transpose(0, 1))
 
 
@@ -141,12 +145,27 @@ def test_linear_takes_the_op_from_the_format(op):
         ({"bias": torch.zeros(20, device="meta")}, "bias: got torch.float32 [20] on meta"),
         ({"backend": "tpu"}, "backend='tpu' is unknown; use 'auto' or one of ["),
         ({"algorithm": "strassen"}, "algorithm='strassen' is unknown for "),
+        ({"accuracy": "high"}, "accuracy='high' is unknown; use one of ['auto', 'fast', 'accurate', 'near-exact', "),
     ],
 )
 def test_refusals_name_the_argument_and_what_is_accepted(op, change, message):
     arguments = {**vars(OpCase(op=op).inputs()), **change}
     with pytest.raises(ArgumentError, match=re.escape(message)):
         FUNCTIONS[op](**arguments)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_accuracy_runs_and_auto_is_accurate(op):
+    inputs = OpCase(op=op, M=3, N=65, K=300, bias=True, outliers=True).inputs()
+    truth = exact_result(inputs.x, inputs.weight, inputs.bias)
+    results = {}
+    for accuracy in ("auto", *ACCURACIES):
+        y = results[accuracy] = FUNCTIONS[op](inputs.x, inputs.weight, inputs.bias, accuracy=accuracy)
+        allowed = RELATIVE_ERROR.get("accurate" if accuracy == "auto" else accuracy, 1e-6)
+        assert rms(y.double() - truth) <= allowed * rms(truth)
+        reference = FUNCTIONS[op](inputs.x, inputs.weight, inputs.bias, accuracy=accuracy, backend="reference")
+        assert torch.equal(reference, FUNCTIONS[op](*vars(inputs).values(), backend="reference"))
+    assert torch.equal(results["auto"], results["accurate"])
 
 
 def test_a_weight_of_the_other_format_is_refused():
@@ -164,7 +183,6 @@ def test_a_weight_of_the_other_format_is_refused():
 @pytest.mark.parametrize(("op", "algorithm"), EACH)
 def test_compiled_calls_are_one_graph_and_equal_eager(op, algorithm):
     inputs = OpCase(op=op, bias=True).inputs()
-    inputs.weight.packed()
     torch.compiler.reset()
 
     def layer(x: torch.Tensor) -> torch.Tensor:
@@ -236,7 +254,7 @@ def test_gradients_equal_those_of_the_dense_layer(case):
 
     for t in trained.values():
         t.requires_grad_()
-    y = linear(inputs.x, inputs.weight, inputs.bias)
+    y = linear(inputs.x, inputs.weight, inputs.bias, accuracy="exact")
     assert_within(y, truth, error_bound(inputs.x.detach(), inputs.weight, inputs.bias, "dequantize"), "forward")
     (y * upstream).sum().backward()
 

@@ -290,3 +290,23 @@ def test_reasons_of_missing_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert load_ops("_C") == "no compiler at all"
     (tmp_path / "_C.so").write_bytes(b"this is no shared object")
     assert "_C.so does not load in torch" in load_ops("_C")
+
+
+def test_a_host_module_of_another_python_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "_HERE", tmp_path)
+    host = _native.host.__wrapped__
+    assert host() == (None, _native._build_reason("_host"))
+    (tmp_path / "_host.cpython-27-x86_64-linux-gnu.so").write_bytes(b"")
+    module, reason = host()
+    assert module is None
+    assert reason.startswith("_host.cpython-27-x86_64-linux-gnu.so is for another Python; this one needs " + HOST)
+    assert "reinstall" in reason
+
+
+@needs_sources
+def test_the_build_starts_where_there_is_no_fcntl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where nothing is compiled."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="build_plan")
+    assert [part.missing for part in build["PARTS"]] == ["compiled parts exist for Linux, not for win32"] * 2

@@ -224,4 +224,4 @@ def test_centroids_are_weighted_means_and_unused_ones_stay():
         own = codes == entry
         torch.testing.assert_close(means[entry], (vectors * weights)[own].sum(0) / weights[own].sum(0))
     assert torch.equal(means[3], book[3])
-    assert cluster_sums(codes, torch.ones(20, 1), 4)[:, 0].tolist() == [7, 7, 6, 0]
+    assert cluster_sums(torch.ones(20, 1), torch.ones(20, 1), codes, 4)[:, 1].tolist() == [7, 7, 6, 0]

@@ -203,6 +203,7 @@ def test_a_tied_head_stays_dense_whatever_is_asked(saved):
 def test_dequantize_gives_the_architecture_back(saved, tmp_path):
     for name in ("llama", "gpt2"):
         model = AutoModelForCausalLM.from_pretrained(saved(name), quantization_config=lutgemm.LutgemmConfig(CODEBOOK))
+        lutgemm.set_accuracy(model, "exact")
         y = logits(model)
         model.dequantize()
         assert quantized_layers(model) == {}
@@ -333,16 +334,16 @@ def test_damaged_files_are_refused(checkpoint):
     content, listed = shard.read_bytes(), index.read_text()
 
     shard.write_bytes(content[:-100])
-    with pytest.raises(CheckpointError, match=f"{shard.name}: damaged"):
+    with pytest.raises(CheckpointError, match=f"{shard.name}: tensor .*truncated"):
         lutgemm.load(folder)
     shard.unlink()
-    with pytest.raises(CheckpointError, match=f"names '{shard.name}', which is missing"):
+    with pytest.raises(CheckpointError, match=f"{shard.name}: shard missing"):
         lutgemm.load(folder)
     shard.write_bytes(content)
     index.write_text(listed.replace(shard.name, f"../{shard.name}"))
-    with pytest.raises(CheckpointError, match="plain file name"):
+    with pytest.raises(CheckpointError, match="not a plain name inside the folder"):
         lutgemm.load(folder)
-    index.write_text("[]")
+    index.write_text("{}")
     with pytest.raises(CheckpointError, match="weight_map"):
         lutgemm.load(folder)
     index.write_text(listed)
@@ -352,7 +353,7 @@ def test_damaged_files_are_refused(checkpoint):
 def test_what_is_no_lutgemm_checkpoint_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"not a lutgemm checkpoint.*lutgemm quantize"):
         lutgemm.load(saved())
-    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         lutgemm.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):

@@ -26,6 +26,9 @@ SMALL = {
 CONFIGS = {
     "llama": lambda **kw: transformers.LlamaConfig(**(SMALL | kw)),
     "qwen2": lambda **kw: transformers.Qwen2Config(**(SMALL | kw)),
+    "qwen3": lambda **kw: transformers.Qwen3Config(**(SMALL | {"head_dim": 32} | kw)),
+    "mistral": lambda **kw: transformers.MistralConfig(**(SMALL | {"sliding_window": 16} | kw)),
+    "gemma": lambda **kw: transformers.GemmaConfig(**(SMALL | {"head_dim": 32} | kw)),
     "phi": lambda **kw: transformers.PhiConfig(**(SMALL | kw)),
     "mixtral": lambda **kw: transformers.MixtralConfig(**(SMALL | {"num_local_experts": 3} | kw)),
     "gpt2": lambda **kw: transformers.GPT2Config(

@@ -148,7 +148,7 @@ void biqgemm_rows(const PackedBcq& weight, Isa isa, const Io& io, int64_t begin,
 float group_sum(const float* x, int64_t words);
 
 // y64 + bias -> y[m, row block] in io.dtype.
-void write_row_block(const PackedBcq& weight, Isa isa, const Io& io, int64_t m, int64_t row_block, const float* y64);
+void write_row_block(int64_t N, Isa isa, const Io& io, int64_t m, int64_t row_block, const float* y64);
 
 // W rows [begin, end) in `dtype` -> out [end - begin, K].
 void bcq_dequantize_rows(const BcqWeight& weight, Isa isa, int64_t begin, int64_t end, DType dtype, void* out);

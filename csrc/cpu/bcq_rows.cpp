@@ -32,9 +32,9 @@ float group_sum(const float* x, int64_t words) {
   return lanes[0];
 }
 
-void write_row_block(const PackedBcq& weight, Isa isa, const Io& io, int64_t m, int64_t row_block, const float* y64) {
+void write_row_block(int64_t N, Isa isa, const Io& io, int64_t m, int64_t row_block, const float* y64) {
   const int64_t row = row_block * kRowBlock;
-  const int64_t count = weight.N - row < kRowBlock ? weight.N - row : kRowBlock;
+  const int64_t count = N - row < kRowBlock ? N - row : kRowBlock;
   const int64_t size = dtype_bytes(io.dtype);
   float sums[kRowBlock];
   if (io.bias) {
@@ -42,7 +42,7 @@ void write_row_block(const PackedBcq& weight, Isa isa, const Io& io, int64_t m, 
     for (int64_t r = 0; r < count; ++r) sums[r] += y64[r];
     y64 = sums;
   }
-  store_floats(isa, io.dtype, y64, count, static_cast<uint8_t*>(io.y) + (m * weight.N + row) * size);
+  store_floats(isa, io.dtype, y64, count, static_cast<uint8_t*>(io.y) + (m * N + row) * size);
 }
 
 }  // namespace lutgemm

@@ -73,7 +73,7 @@ void biqgemm_rows(const PackedBcq& weight, Isa isa, const Io& io, int64_t begin,
       }
       for (int64_t i = 0; i < blocks; ++i) {
         for (int64_t m = 0; m < tokens; ++m) {
-          write_row_block(weight, isa, io, m0 + m, block0 + i, tile.y.get() + (i * tokens + m) * kRowBlock);
+          write_row_block(weight.N, isa, io, m0 + m, block0 + i, tile.y.get() + (i * tokens + m) * kRowBlock);
         }
       }
     }

@@ -35,7 +35,7 @@ void lut_gemm_rows(const PackedBcq& weight, Isa isa, const Io& io, int64_t m, co
   for (int64_t block = begin; block < end; ++block) {
     alignas(64) float y[kRowBlock] = {};
     kernels.lut_gemm_block(weight, block, token.tables.get(), token.sums.get(), y);
-    write_row_block(weight, isa, io, m, block, y);
+    write_row_block(weight.N, isa, io, m, block, y);
   }
 }
 

@@ -16,10 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..accuracy import AUTO, EXACT
 from ..errors import ArgumentError, BackendError
-from ..formats import QuantizedWeight
-
-AUTO = "auto"
 
 
 class Problem(NamedTuple):
@@ -41,6 +39,8 @@ class Problem(NamedTuple):
     """BCQ: "free", "uniform" or "ratio" """
     vec_len: int = 0
     codebook_bits: int = 0
+    accuracy: int = EXACT
+    """index in `accuracy.ACCURACIES`"""
 
 
 Reason = str
@@ -49,7 +49,11 @@ Kernel = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run every op. `algorithms[op]` names what it offers; `choose` picks one for "auto"."""
+    """A way to run every op. `algorithms[op]` names what it offers; `choose` picks one for "auto".
+
+    `bcq_linear` and `codebook_linear` take what the torch op of that name does, but for its choices: after the weight
+    come group_size, (BCQ) scale_kind, the algorithm's name, and accuracy as in `Problem`.
+    """
 
     name: str
     device_types: tuple[str, ...]
@@ -58,9 +62,10 @@ class Backend:
     unavailable: Callable[[], Reason | None]
     unsupported: Callable[[Problem, str], Reason | None]
     choose: Callable[[Problem], str]
-    prepare: Callable[[QuantizedWeight], Tensor | None]
     bcq_linear: Kernel
     codebook_linear: Kernel
+    misconfigured: Callable[[], Reason | None] = lambda: None
+    """why a setting of the user's for this backend cannot be obeyed: an error for "auto" too, on its device types"""
 
 
 def _registry() -> dict[str, Backend]:
@@ -95,7 +100,8 @@ def _refusal(backend: Backend, problem: Problem, algorithm: str) -> Reason | Non
 def select(problem: Problem, backend: str = AUTO, algorithm: str = AUTO) -> tuple[Backend, str]:
     """The backend and algorithm that run `problem`; cached per problem.
 
-    Raises `ArgumentError` for a name that nobody has, `BackendError` when an explicit choice cannot take the problem.
+    Raises `ArgumentError` for a name that nobody has, `BackendError` when an explicit choice cannot take the problem
+    or a backend that would be asked has a setting that it cannot obey.
     """
     known = registry()
     if backend != AUTO and backend not in known:
@@ -106,6 +112,8 @@ def select(problem: Problem, backend: str = AUTO, algorithm: str = AUTO) -> tupl
 
     refusals: dict[str, Reason] = {}
     for candidate in known.values() if backend == AUTO else [known[backend]]:
+        if problem.device in candidate.device_types and (reason := candidate.misconfigured()):
+            raise BackendError(reason)
         reason = _refusal(candidate, problem, algorithm)
         if reason is None:
             if refusals and candidate.name == "reference":
@@ -125,11 +133,3 @@ def _warn_slow(refusal: tuple[str, Reason]) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def prepare(weight: QuantizedWeight) -> Tensor | None:
-    """The kernel layout of `weight` for its device, or None where the kernels read the record as it is."""
-    for backend in registry().values():
-        if backend.unavailable() is None and weight.device.type in backend.device_types:
-            return backend.prepare(weight)
-    return None

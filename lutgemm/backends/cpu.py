@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..accuracy import EXACT
 from ..errors import ArgumentError
-from ..formats import BCQWeight, CodebookWeight, QuantizedWeight
-from . import Backend, Problem, Reason
+from . import Backend, Problem, Reason, prepared
 from .heuristics import choose_on_cpu
 
 ISAS = ("scalar", "avx2", "avx512", "avx512vbmi")
@@ -31,7 +31,15 @@ PANEL_BYTES = 2 << 20
 """Most bytes of dequantized weight at a time: it bounds the memory of `dequantize` whatever the layer, and panels that
 fit in a cache were 5 times faster than ones of 32 MiB, whose pages the system hands out anew each time."""
 
+CODEBOOK_KIND = "blocks"
+
 _forced_isa: ContextVar[int | None] = ContextVar("lutgemm_cpu_isa", default=None)
+
+
+@lru_cache(maxsize=None)
+def _op(name: str) -> Callable[..., Tensor]:
+    """A C++ operator: the overload itself, which is called 0.8 us sooner than through `torch.ops.lutgemm.<name>`."""
+    return getattr(torch.ops.lutgemm, name).default
 
 
 @lru_cache(maxsize=1)
@@ -52,6 +60,8 @@ def _environment_isa() -> tuple[int, Reason | None]:
         return _best_isa(), None
     if name not in ISAS:
         return 0, f"{ISA_VARIABLE}={name!r} is unknown; use one of {list(ISAS)} or unset it"
+    if reason := _native.load_ops("_C"):
+        return 0, f"{ISA_VARIABLE}={name!r}, but there are no compiled kernels ({reason}); build them or unset it"
     if name not in available_isas():
         return 0, f"{ISA_VARIABLE}={name!r}, but this CPU has {list(available_isas())}; use one of these or unset it"
     return ISAS.index(name), None
@@ -83,6 +93,10 @@ def _unavailable() -> Reason | None:
     return _native.load_ops("_C") or _environment_isa()[1]
 
 
+def _misconfigured() -> Reason | None:
+    return _environment_isa()[1] if os.environ.get(ISA_VARIABLE) else None
+
+
 def _unsupported(problem: Problem, algorithm: str) -> Reason | None:
     return None
 
@@ -112,22 +126,40 @@ def _bcq_tensors(
     )
 
 
-def _prepare(weight: QuantizedWeight) -> Tensor | None:
-    if isinstance(weight, BCQWeight):
-        record = _bcq_tensors(
-            weight.codes,
-            weight.scales,
-            weight.offsets,
-            weight.zeros,
-            weight.ratios,
-            weight.shape[1],
-            weight.group_size,
-            weight.scale_kind,
-        )
-        return torch.ops.lutgemm._bcq_pack_cpu(*record)
-    assert isinstance(weight, CodebookWeight)
-    tensors = (weight.codes.contiguous(), weight.codebooks.contiguous(), weight.scales.contiguous())
-    return torch.ops.lutgemm._codebook_pack_cpu(*tensors, weight.shape[1], weight.group_size)
+BcqTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""codes, scales, offsets, zeros, ratios"""
+
+
+def _packed_kind(isa: int, accuracy: int) -> str:
+    """The BCQ layout to read: "words" for tables in fp32, "bytes" for integer ones, which need AVX-512 VBMI."""
+    return "bytes" if accuracy < EXACT and ISAS[isa] == "avx512vbmi" else "words"
+
+
+def _choose(problem: Problem) -> str:
+    integer_tables = problem.op == "bcq_linear" and _packed_kind(_isa(), problem.accuracy) == "bytes"
+    return choose_on_cpu(problem, integer_tables)
+
+
+def _bcq_packed(tensors: BcqTensors, in_features: int, group_size: int, scale_kind: str, kind: str) -> Tensor:
+    """The weight in a layout of `_packed_kind`, kept with its tensors."""
+    parameters = (in_features, group_size, scale_kind)
+    packed = prepared.find(tensors, parameters, kind)
+    if packed is None:
+        state = prepared.state_of(tensors)
+        packed = _op("_bcq_pack_cpu")(*_bcq_tensors(*tensors, *parameters), kind == "bytes")
+        prepared.keep(tensors, parameters, state, kind, packed)
+    return packed
+
+
+def _codebook_packed(tensors: tuple[Tensor, Tensor, Tensor], in_features: int, group_size: int) -> Tensor:
+    """The weight of tensors (codes, codebooks, scales) in the layout of the codebook kernels, kept with them."""
+    parameters = (in_features, group_size)
+    packed = prepared.find(tensors, parameters, CODEBOOK_KIND)
+    if packed is None:
+        state = prepared.state_of(tensors)
+        packed = _op("_codebook_pack_cpu")(*(t.contiguous() for t in tensors), *parameters)
+        prepared.keep(tensors, parameters, state, CODEBOOK_KIND, packed)
+    return packed
 
 
 def _dequantized_linear(x: Tensor, out_features: int, bias: Tensor | None, rows: Callable[..., Tensor]) -> Tensor:
@@ -155,24 +187,23 @@ def _bcq_linear(
     zeros: Tensor | None,
     ratios: Tensor | None,
     bias: Tensor | None,
-    packed: Tensor | None,
     group_size: int,
     scale_kind: str,
     algorithm: str,
+    accuracy: int,
 ) -> Tensor:
-    x, isa, out_features = x.contiguous(), _isa(), codes.shape[1]
+    x, isa, out_features, in_features = x.contiguous(), _isa(), codes.shape[1], x.shape[1]
     bias = None if bias is None else bias.contiguous()
-    if packed is None or algorithm == "dequantize":
-        record = _bcq_tensors(codes, scales, offsets, zeros, ratios, x.shape[1], group_size, scale_kind)
     if algorithm == "dequantize":
+        record = _bcq_tensors(codes, scales, offsets, zeros, ratios, in_features, group_size, scale_kind)
 
         def rows(begin: int, end: int, dtype: torch.dtype) -> Tensor:
-            return torch.ops.lutgemm._bcq_dequantize_cpu(*record, begin, end, dtype, isa)
+            return _op("_bcq_dequantize_cpu")(*record, begin, end, dtype, isa)
 
         return _dequantized_linear(x, out_features, bias, rows)
-    if packed is None:
-        packed = torch.ops.lutgemm._bcq_pack_cpu(*record)
-    return torch.ops.lutgemm._bcq_linear_cpu(x, packed, bias, out_features, algorithm == "biqgemm", isa, 3)
+    kind = _packed_kind(isa, accuracy)
+    packed = _bcq_packed((codes, scales, offsets, zeros, ratios), in_features, group_size, scale_kind, kind)
+    return _op("_bcq_linear_cpu")(x, packed, bias, out_features, algorithm == "biqgemm", isa, accuracy)
 
 
 def _codebook_linear(
@@ -181,20 +212,21 @@ def _codebook_linear(
     codebooks: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    packed: Tensor | None,
     group_size: int,
     algorithm: str,
+    accuracy: int,
 ) -> Tensor:
-    x, isa = x.contiguous(), _isa()
+    x, isa, in_features = x.contiguous(), _isa(), x.shape[1]
     bias = None if bias is None else bias.contiguous()
     record = (codes.contiguous(), codebooks.contiguous(), scales.contiguous())
     if algorithm == "dequantize":
 
         def rows(begin: int, end: int, dtype: torch.dtype) -> Tensor:
-            return torch.ops.lutgemm._codebook_dequantize_cpu(*record, x.shape[1], group_size, begin, end, dtype, isa)
+            return _op("_codebook_dequantize_cpu")(*record, in_features, group_size, begin, end, dtype, isa)
 
         return _dequantized_linear(x, codes.shape[1], bias, rows)
-    return torch.ops.lutgemm._codebook_linear_cpu(x, *record, bias, packed, group_size, isa, 3)
+    packed = _codebook_packed((codes, codebooks, scales), in_features, group_size)
+    return _op("_codebook_linear_cpu")(x, *record, bias, packed, group_size, isa, accuracy)
 
 
 BACKEND = Backend(
@@ -203,8 +235,8 @@ BACKEND = Backend(
     algorithms={"bcq_linear": ("lut_gemm", "biqgemm", "dequantize"), "codebook_linear": ("codegemm", "dequantize")},
     unavailable=_unavailable,
     unsupported=_unsupported,
-    choose=choose_on_cpu,
-    prepare=_prepare,
+    choose=_choose,
     bcq_linear=_bcq_linear,
     codebook_linear=_codebook_linear,
+    misconfigured=_misconfigured,
 )

@@ -27,6 +27,8 @@ class Threshold:
     max_cost: float
     max_tokens: int
     max_tokens_bf16: int
+    integer_tables: bool = False
+    """The row is for kernels of integer tables (accuracy below "exact", AVX-512 VBMI)."""
     device: str = CPU_DEVICE
     date: str = CPU_DATE
 
@@ -39,6 +41,11 @@ CPU_THRESHOLDS = (
     Threshold("bcq_linear", "biqgemm", 4, 150, 44),
     Threshold("bcq_linear", "biqgemm", 6, 46, 26),
     Threshold("bcq_linear", "biqgemm", 8, 30, 20),
+    Threshold("bcq_linear", "lut_gemm", 8, 3, 3, integer_tables=True),
+    Threshold("bcq_linear", "biqgemm", 3, NO_CROSSING, NO_CROSSING, integer_tables=True),
+    Threshold("bcq_linear", "biqgemm", 4, NO_CROSSING, 512, integer_tables=True),
+    Threshold("bcq_linear", "biqgemm", 6, NO_CROSSING, 48, integer_tables=True),
+    Threshold("bcq_linear", "biqgemm", 8, 256, 24, integer_tables=True),
     Threshold("codebook_linear", "codegemm", 1, NO_CROSSING, NO_CROSSING),
     Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, 100),
     Threshold("codebook_linear", "codegemm", 4, 125, 45),
@@ -59,11 +66,16 @@ def look_up_cost(problem: Problem) -> float:
     return 8 * problem.planes / problem.vec_len * 2.0 ** (max(0, problem.codebook_bits - 8) / 2)
 
 
-def choose_on_cpu(problem: Problem) -> str:
-    """The algorithm of the first row of `CPU_THRESHOLDS` that `problem` fits, or "dequantize"."""
+def choose_on_cpu(problem: Problem, integer_tables: bool = False) -> str:
+    """The algorithm of the first row of `CPU_THRESHOLDS` that `problem` fits, or "dequantize".
+
+    integer_tables: whether the look-up kernels for it are those of integer tables.
+    """
     cost = look_up_cost(problem)
     for row in CPU_THRESHOLDS:
+        if row.op != problem.op or row.integer_tables != integer_tables:
+            continue
         tokens = row.max_tokens_bf16 if problem.dtype == torch.bfloat16 else row.max_tokens
-        if row.op == problem.op and cost <= row.max_cost and tokens >= problem.M:
+        if cost <= row.max_cost and problem.M <= tokens:
             return row.algorithm
     return "dequantize"

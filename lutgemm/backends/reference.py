@@ -1,4 +1,7 @@
-"""The reference backend: `lutgemm.reference` behind the ops. Any device, any shape, no compiler needed."""
+"""The reference backend: `lutgemm.reference` behind the ops. Any device, any shape, no compiler needed.
+
+It is exact, whatever accuracy is asked for.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,10 @@ def _bcq_linear(
     zeros: Tensor | None,
     ratios: Tensor | None,
     bias: Tensor | None,
-    packed: Tensor | None,
     group_size: int,
     scale_kind: str,
     algorithm: str,
+    accuracy: int,
 ) -> Tensor:
     weight = BCQWeight.build(
         codes,
@@ -61,9 +64,9 @@ def _codebook_linear(
     codebooks: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    packed: Tensor | None,
     group_size: int,
     algorithm: str,
+    accuracy: int,
 ) -> Tensor:
     weight = CodebookWeight.build(codes, codebooks, scales, in_features=x.shape[1], group_size=group_size)
     with torch.autocast(x.device.type, enabled=False):
@@ -77,7 +80,6 @@ BACKEND = Backend(
     unavailable=lambda: None,
     unsupported=lambda problem, algorithm: None,
     choose=lambda problem: "dequantize",
-    prepare=lambda weight: None,
     bcq_linear=_bcq_linear,
     codebook_linear=_codebook_linear,
 )

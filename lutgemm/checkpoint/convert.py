@@ -14,7 +14,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .. import __version__
 from ..errors import CheckpointError
 from ..formats import layout_from_dict
 from ..integrations.quantization_config import build
@@ -22,7 +21,7 @@ from .atomic import atomic_writer, is_partial, sync_folder, write_error, write_f
 from .card import model_card
 from .json_file import INDEX_LIMIT, dump_json, read_json
 from .plan import Config, LayerPlan, Options, Plan, check_device, largest_layout, make_plan
-from .reader import CONFIG_NAME, INDEX_NAME, REPORT_NAME, CheckpointFolder, open_source
+from .reader import CONFIG_NAME, INDEX_NAME, REPORT_NAME, STATE_NAME, CheckpointFolder, open_source
 from .records import (
     LayerResult,
     copied_output,
@@ -34,8 +33,8 @@ from .records import (
 )
 from .report import build_report, report_markdown
 from .safetensors_file import SafetensorsFile, write_safetensors
-from .small_files import copy_small_files, small_files
-from .state import STATE_NAME, WORK_NAME, FinishedShard, State, fingerprint, is_whole, locked, open_destination
+from .small_files import copy_small_files, small_files, too_large_files
+from .state import WORK_NAME, FinishedShard, State, fingerprint, is_whole, locked, open_destination
 
 LayerCallback = Callable[[LayerResult], None]
 
@@ -64,9 +63,9 @@ def quantize_checkpoint(
     """
     options = Options(config, tuple(modules), tuple(include), tuple(exclude), lm_head, check_device(device))
     source, target = open_source(src), Path(dst)
-    mark = fingerprint(source, options, __version__)
+    mark = fingerprint(source, options)
     if resume and (report := _finished_report(target, mark)):
-        _check_shards_are_there(source, target)
+        _check_files_are_whole(source, target, report)
         return report
     plan = make_plan(source, options)
     check_space(source, plan, target)
@@ -84,19 +83,27 @@ def quantize_checkpoint(
 
 
 def _finished_report(dst: Path, mark: str) -> dict[str, Any] | None:
-    """The report in `dst` when a conversion with this fingerprint has ended there already."""
+    """The report in `dst` when a conversion of the same source and settings has ended there already."""
     if (dst / STATE_NAME).exists() or not (dst / REPORT_NAME).exists():
         return None
     report = read_json(dst / REPORT_NAME, INDEX_LIMIT, "delete the folder and start again without --resume")
     return report if report.get("fingerprint") == mark else None
 
 
-def _check_shards_are_there(source: CheckpointFolder, dst: Path) -> None:
-    """Raise `CheckpointError` when a file of a finished conversion has been taken away."""
-    for name in (*source.shards, CONFIG_NAME):
-        if not (dst / name).is_file():
+def _check_files_are_whole(source: CheckpointFolder, dst: Path, report: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` when a file of a finished conversion is gone, or has another size than it had."""
+    remedy = f"delete {dst} and start again without --resume"
+    files = report.get("files")
+    if not isinstance(files, dict) or files.keys() != source.shards.keys():
+        raise CheckpointError(f"{dst / REPORT_NAME}: its list of files is not that of SRC; {remedy}")
+    expected: dict[str, int | None] = {**files, CONFIG_NAME: None} | ({INDEX_NAME: None} if source.sharded else {})
+    for name, size in expected.items():
+        path = dst / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, though the conversion had ended; {remedy}")
+        if size is not None and path.stat().st_size != size:
             raise CheckpointError(
-                f"{dst / name}: missing, though the conversion had ended; delete {dst} and start again without --resume"
+                f"{path}: has {path.stat().st_size} bytes, {REPORT_NAME} says {size!r}; it is damaged, {remedy}"
             )
 
 
@@ -146,7 +153,7 @@ class Conversion:
         """Bring one shard under its final name, unless it is there already."""
         layers = [layer for layer in self.plan.layers if layer.shard == name]
         finished = self.state.shards.get(name)
-        if finished is not None and is_whole(self.dst / name, finished):
+        if finished is not None and self._is_finished(name, finished, layers):
             self.bar.update(sum(entry.nbytes for entry in self.source.shards[name].entries.values()))
         else:
             results = [self._layer(layer) for layer in layers]
@@ -155,6 +162,15 @@ class Conversion:
             self.state.save(self.dst)
         for layer in layers:
             piece_path(self.work, layer).unlink(missing_ok=True)
+
+    def _is_finished(self, name: str, finished: FinishedShard, layers: Sequence[LayerPlan]) -> bool:
+        """Whether what the state says of a shard is what is planned, and is on disk. If not, the shard is made anew."""
+        path = self.dst / name
+        if len(finished.layers) != len(layers) or not is_whole(path, finished):
+            return False
+        pairs = list(zip(finished.layers, layers, strict=True))
+        file = SafetensorsFile(path)
+        return all(result.is_of(layer) and result.is_in(file) for result, layer in pairs)
 
     def _layer(self, layer: LayerPlan) -> LayerResult:
         path = piece_path(self.work, layer)
@@ -190,7 +206,8 @@ class Conversion:
         copy_small_files(self.source.folder, self.dst)
         files = _written(self.dst, self.source)
         sizes = {name: file.size for name, file in files.items()}
-        report = build_report(self.source, self.plan, self.options, results, sizes, mark)
+        too_large = too_large_files(self.source.folder)
+        report = build_report(self.source, self.plan, self.options, results, sizes, too_large, mark)
         write_file(self.dst / REPORT_NAME, dump_json(report))
         write_file(self.dst / "report.md", report_markdown(report).encode())
         write_file(self.dst / "README.md", model_card(report, base_model).encode())

@@ -74,6 +74,10 @@ class Options:
                 config = self._override(config, pattern, fields)
         return config
 
+    def all_configs(self) -> list[Config]:
+        """The common configuration, and what each override makes of it on its own."""
+        return [self.config, *(self._override(self.config, pattern, fields) for pattern, fields in self.modules)]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form; all of it decides the bytes that are written."""
         return {

@@ -14,14 +14,25 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 REPORT_NAME = "report.json"
+STATE_NAME = "lutgemm-state.json"
 
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".pkl", ".pickle")
 """Weights of other kinds: never opened (several can run code when unpickled), never copied."""
 
 
-def _allowed_root(folder: Path) -> Path:
-    """What symbolic links may point into: the folder itself, or its whole repository in a Hugging Face cache."""
-    return folder.parent.parent if folder.parent.name == "snapshots" else folder
+def leads_outside(path: Path, root: Path) -> bool:
+    """Whether `path`, its links followed, lies outside the folder `root`.
+
+    Where `root` lies in a snapshot of a Hugging Face cache, the blobs of the same repository count as inside.
+    """
+    target, root = path.resolve(), root.resolve()
+    if target.is_relative_to(root):
+        return False
+    for folder in (root, *root.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return not target.is_relative_to(repository / "blobs")
+    return True
 
 
 def inside(folder: Path, name: str, said_by: str, root: Path | None = None) -> Path:
@@ -35,7 +46,7 @@ def inside(folder: Path, name: str, said_by: str, root: Path | None = None) -> P
             "do not use this checkpoint, or correct the index"
         )
     path = folder / name
-    if path.is_symlink() and not path.resolve().is_relative_to(_allowed_root((root or folder).resolve())):
+    if path.is_symlink() and leads_outside(path, root or folder):
         raise CheckpointError(
             f"{path}: is a link to {path.resolve()}, outside the checkpoint; replace the link by the file itself"
         )
@@ -58,6 +69,14 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Raise `CheckpointError` when a conversion into `folder` has not ended."""
+    if (folder / STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{folder}: holds an unfinished conversion; finish it by the same `lutgemm quantize` command with --resume"
+        )
+
+
 class CheckpointFolder:
     """The configuration and the safetensors shards of a checkpoint, headers read and checked.
 
@@ -69,6 +88,7 @@ class CheckpointFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
+        refuse_unfinished(self.folder)
         self.config = read_json(
             inside(self.folder, CONFIG_NAME, str(folder)),
             CONFIG_LIMIT,

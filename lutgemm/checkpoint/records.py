@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, CheckpointError, FormatError
-from ..formats import FORMATS, QuantizedWeight, layout_from_dict
+from ..errors import ArgumentError, CheckpointError, FormatError, LutgemmError
+from ..formats import FORMATS, Layout, QuantizedWeight, layout_from_dict
 from ..formats.base import row_slabs
-from ..quantize import quantize, weight_error
+from ..quantize import WeightRows, quantize, weight_error
+from ..quantize.slabs import SLAB_ELEMENTS, Weight, smaller_slabs
 from .atomic import atomic_writer
 from .plan import LayerPlan
 from .reader import CheckpointFolder
@@ -25,6 +27,11 @@ from .safetensors_file import FLOATS, TORCH_DTYPES, OutputTensor, SafetensorsFil
 
 FINITE_SLAB = 1 << 19
 """Weights that are checked for NaN and Inf at a time; the check needs a few bytes for each."""
+
+LARGE_TENSOR = 64 << 20
+"""Bytes of the largest tensor from which on the quantizer's slabs have their full size."""
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @dataclass(frozen=True)
@@ -67,33 +74,95 @@ class LayerResult:
         try:
             fields = {name: entry[name] for name in cls.__dataclass_fields__}
             result = cls(**(fields | {"shape": tuple(entry["shape"])}))
-            layout_from_dict(result.layout, *result.shape)
-            numbers = [result.squared_error, result.squared_weight, result.seconds, result.bits_per_weight]
+            if not isinstance(result.module, str) or not isinstance(result.tensor, str):
+                raise ValueError("module and tensor must be names")
+            layout = result.checked_layout()
+            numbers = [result.squared_error, result.squared_weight, result.seconds]
             if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
-                raise ValueError("an error, time or size is not a number >= 0")
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"record of a layer is damaged: {type(error).__name__}: {error}") from None
+                raise ValueError("an error or time is not a number >= 0")
+            if (result.nbytes, result.bits_per_weight) != (layout.nbytes, layout.bits_per_weight):
+                raise ValueError("nbytes or bits_per_weight is not what the layout has")
+        except KeyError as error:
+            raise CheckpointError(f"entry of a layer: {error} is missing") from None
+        except (TypeError, ValueError, AttributeError, LutgemmError) as error:
+            raise CheckpointError(f"entry of a layer: {error}") from None
         return result
 
+    def checked_layout(self) -> Layout:
+        """The layout with N and K. Raises `LutgemmError`, `ValueError` or `TypeError` when there is none like it."""
+        return layout_from_dict(self.layout, *self.shape)
 
-def read_weight(source: CheckpointFolder, layer: LayerPlan) -> Tensor:
-    """The weight [N, K] of `layer` as stored, a transposed view for Conv1D. Raises `CheckpointError` on NaN or Inf."""
-    weight = source.file_of(layer.tensor).read(layer.tensor)
-    check_finite(weight, f"{source.file_of(layer.tensor).path}: tensor {layer.tensor!r}")
-    return weight.T if layer.transposed else weight
+    def is_of(self, layer: LayerPlan) -> bool:
+        """Whether this is the result of quantizing `layer`."""
+        return (self.module, self.tensor, self.shape) == (
+            layer.module,
+            layer.tensor,
+            (layer.out_features, layer.in_features),
+        )
+
+    def is_in(self, file: SafetensorsFile) -> bool:
+        """Whether `file` holds the tensors of the layout under the module's name, by dtype and shape."""
+        for name, spec in self.checked_layout().specs().items():
+            entry = file.entries.get(f"{self.module}.{name}")
+            if entry is None or (TORCH_DTYPES.get(entry.dtype), entry.shape) != (spec.dtype, spec.shape):
+                return False
+        return True
+
+
+class StoredWeight(WeightRows):
+    """The weight `[N, K]` in a file, read row by row each time it is due: it is never in memory as a whole."""
+
+    def __init__(self, file: SafetensorsFile, tensor: str) -> None:
+        entry = file.entries[tensor]
+        self.file, self.tensor = file, tensor
+        self.shape = (entry.shape[0], entry.shape[1])
+        self.dtype, self.device = TORCH_DTYPES[entry.dtype], torch.device("cpu")
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        if isinstance(rows, slice):
+            return self.file.read(self.tensor, rows)
+        return self.file.read_rows(self.tensor, rows.tolist())
+
+
+def slab_elements(source: CheckpointFolder) -> int:
+    """Weights of a slab of the quantizer, so that it stays below twice the largest tensor of the checkpoint."""
+    largest = max(source.entry(name).nbytes for name in source.where)
+    return SLAB_ELEMENTS if largest >= LARGE_TENSOR else SLAB_ELEMENTS // 2
+
+
+def return_free_memory() -> None:
+    """Give the memory that malloc holds free back to the system, where the C library can (glibc): the holes that one
+    stage leaves are of no use to the next, whose buffers have other sizes."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def read_weight(source: CheckpointFolder, tensor: str, transposed: bool, device: str = "cpu") -> Weight:
+    """The weight `[N, K]` as stored, every value checked: its rows on demand, or the whole of it where it lies
+    transposed (Conv1D) or goes to another device. Raises `CheckpointError` on NaN or Inf."""
+    file = source.file_of(tensor)
+    what = f"{file.path}: tensor {tensor!r}"
+    if transposed or device != "cpu":
+        weight = file.read(tensor)
+        check_finite(weight, what)
+        return (weight.T if transposed else weight).to(device)
+    stored = StoredWeight(file, tensor)
+    for rows in row_slabs(*stored.shape, FINITE_SLAB):
+        check_finite(stored[rows], what, rows.start)
+    return stored
 
 
 def check_finite(tensor: Tensor, what: str, first: int = 0) -> None:
     """Raise `CheckpointError` naming `what` and the first NaN or Inf of a floating tensor `[N, K]` or `[n]`.
 
-    first: position of element 0 in the whole, where a 1-D tensor is a part of something larger.
+    first: position of the first element, or row, in the whole, where the tensor is a part of something larger.
     """
     rows = tensor.view(1, -1) if tensor.ndim == 1 else tensor
     for slab in row_slabs(len(rows), rows.shape[-1], FINITE_SLAB):
         bad = ~torch.isfinite(rows[slab])
         if bad.any():
             n, k = bad.nonzero()[0].tolist()
-            where = f"element {first + k}" if tensor.ndim == 1 else f"row {n + slab.start}, column {k}"
+            where = f"element {first + k}" if tensor.ndim == 1 else f"row {first + n + slab.start}, column {k}"
             raise CheckpointError(
                 f"{what} holds NaN or Inf (first in {where}); the checkpoint is damaged or its training diverged, "
                 "download it again or repair that tensor"
@@ -101,16 +170,18 @@ def check_finite(tensor: Tensor, what: str, first: int = 0) -> None:
 
 
 def quantize_layer(source: CheckpointFolder, layer: LayerPlan, device: str) -> tuple[LayerResult, QuantizedWeight]:
-    """Read, quantize and measure one layer. At most the weight, its codes and the quantizer's slabs are in memory."""
+    """Read, quantize and measure one layer. Its record and the quantizer's slabs are in memory."""
     start = time.perf_counter()
-    weight = read_weight(source, layer)
-    if device != "cpu":
-        weight = weight.to(device)
+    weight = read_weight(source, layer.tensor, layer.transposed, device)
     try:
-        record = quantize(weight, layer.config)
+        with smaller_slabs(slab_elements(source)):
+            return_free_memory()
+            record = quantize(weight, layer.config)
+            return_free_memory()
+            squared_error, squared_weight = weight_error(weight, record)
+            return_free_memory()
     except (ArgumentError, FormatError) as error:
         raise CheckpointError(f"tensor {layer.tensor!r}: {error}") from None
-    squared_error, squared_weight = weight_error(weight, record)
     result = LayerResult(
         module=layer.module,
         tensor=layer.tensor,
@@ -158,8 +229,7 @@ def read_piece(path: Path, layer: LayerPlan) -> LayerResult | None:
     except (CheckpointError, KeyError, ValueError, TypeError):
         return None
     digest = _data_digest(chunk for name in sorted(file.entries) for chunk in file.chunks(name))
-    same = result.module == layer.module and result.shape == (layer.out_features, layer.in_features)
-    return result if same and digest == file.metadata.get("sha256") else None
+    return result if result.is_of(layer) and digest == file.metadata.get("sha256") else None
 
 
 def piece_outputs(path: Path, module: str) -> list[OutputTensor]:

@@ -24,9 +24,11 @@ def build_report(
     options: Options,
     results: Sequence[LayerResult],
     files: Mapping[str, int],
+    not_copied: Mapping[str, int],
     fingerprint: str,
 ) -> dict[str, Any]:
-    """The report as JSON values. `files` maps the result's shards to their sizes in bytes."""
+    """The report as JSON values. `files` maps the result's shards to their sizes in bytes, `not_copied` the files of
+    SRC that are too large to be copied."""
     return {
         "report_version": REPORT_VERSION,
         "fingerprint": fingerprint,
@@ -37,6 +39,7 @@ def build_report(
         "layers": [result.to_dict() for result in results],
         "left_alone": [left_alone_entry(item) for item in plan.left_alone],
         "files": dict(files),
+        "not_copied": dict(not_copied),
     }
 
 
@@ -110,6 +113,15 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def not_copied_lines(report: Mapping[str, Any]) -> list[str]:
+    """A line for each file of SRC that was left behind for its size."""
+    return [
+        f"WARNING: {name} ({size / 1e6:,.0f} MB) is too large for a tokenizer or settings file and was NOT copied; "
+        "copy it by hand if the model needs it"
+        for name, size in report.get("not_copied", {}).items()
+    ]
+
+
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -117,7 +129,7 @@ def _row(cells: Sequence[str]) -> str:
 def report_markdown(report: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = ["# lutgemm quantization report", ""]
-    lines += [f"- {line}" for line in summary_lines(report)]
+    lines += [f"- {line}" for line in [*summary_lines(report), *not_copied_lines(report)]]
     settings = report["settings"]
     lines += [
         f"- layers found by: {report['layers_found_by']}",

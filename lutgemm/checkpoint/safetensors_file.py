@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ MAX_HEADER = 100_000_000
 CHUNK = 2 << 20
 """Bytes copied at a time: large enough for full disk speed, small beside any tensor that matters. A multiple of 8, so
 that no element is cut in two."""
+
+MAPPED_BYTES = 4 << 20
+"""Buffers from this size on are mapped on their own."""
 
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -68,6 +72,12 @@ class TensorEntry:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+def _buffer(nbytes: int) -> bytearray | mmap.mmap:
+    """Memory to read into. A large one is mapped on its own and goes back to the system when it is released; malloc
+    would raise its thresholds to that size, and from then on keep as much free memory as that."""
+    return mmap.mmap(-1, nbytes) if nbytes >= MAPPED_BYTES else bytearray(nbytes)
 
 
 def _is_size(value: Any) -> bool:
@@ -150,39 +160,55 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: {self.size - end} bytes after the last tensor; {REMEDY}")
         return entries
 
-    def read_into(self, buffer: bytearray | memoryview, start: int) -> None:
-        """Fill `buffer` from file offset `start`. Raises `CheckpointError` when the file has become shorter."""
-        view = memoryview(buffer)
+    def read_into(self, *pieces: tuple[memoryview, int]) -> None:
+        """Fill each buffer from its file offset. Raises `CheckpointError` when the file has become shorter."""
         try:
             with self.path.open("rb", buffering=0) as handle:
-                handle.seek(start)
-                while view:
-                    count = handle.readinto(view)
-                    if not count:
-                        raise CheckpointError(f"{self.path}: ends early, it was {self.size} bytes; {REMEDY}")
-                    view = view[count:]
+                for view, start in pieces:
+                    handle.seek(start)
+                    done = 0
+                    while done < len(view):
+                        count = handle.readinto(view[done:])
+                        if not count:
+                            raise CheckpointError(f"{self.path}: ends early, it was {self.size} bytes; {REMEDY}")
+                        done += count
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
 
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """The tensor, or the given rows (first axis) of it, in memory of its own."""
+    def _dtype(self, name: str) -> torch.dtype:
         entry = self.entries[name]
         if entry.dtype not in TORCH_DTYPES:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has dtype {entry.dtype}; accepted are {sorted(TORCH_DTYPES)}"
             )
+        return TORCH_DTYPES[entry.dtype]
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or the given rows (first axis) of it, in memory of its own."""
+        entry, dtype = self.entries[name], self._dtype(name)
         shape, start, nbytes = entry.shape, entry.start, entry.nbytes
         if rows != slice(None):
             first, last, _ = rows.indices(shape[0])
             stride = nbytes // max(1, shape[0])
             start, nbytes = start + first * stride, max(0, last - first) * stride
             shape = (max(0, last - first), *shape[1:])
-        dtype = TORCH_DTYPES[entry.dtype]
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
-        buffer = bytearray(nbytes)
-        self.read_into(buffer, start)
+        buffer = _buffer(nbytes)
+        self.read_into((memoryview(buffer), start))
         return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """The named rows (first axis), in the order given, in memory of their own."""
+        entry, dtype = self.entries[name], self._dtype(name)
+        stride = entry.nbytes // max(1, entry.shape[0])
+        if not rows or not stride:
+            return torch.empty((len(rows), *entry.shape[1:]), dtype=dtype)
+        buffer = _buffer(len(rows) * stride)
+        view = memoryview(buffer)
+        places = (view[i * stride : (i + 1) * stride] for i in range(len(rows)))
+        self.read_into(*((place, entry.start + row * stride) for place, row in zip(places, rows, strict=True)))
+        return torch.frombuffer(buffer, dtype=dtype).view(len(rows), *entry.shape[1:])
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
         """The tensor's bytes in order, `size` at a time; each view is valid until the next."""
@@ -190,7 +216,7 @@ class SafetensorsFile:
         buffer = bytearray(min(size, entry.nbytes))
         for offset in range(0, entry.nbytes, size):
             view = memoryview(buffer)[: min(size, entry.nbytes - offset)]
-            self.read_into(view, entry.start + offset)
+            self.read_into((view, entry.start + offset))
             yield view
 
 

@@ -19,20 +19,31 @@ LIMIT = 512 << 20
 """Largest file that is copied; a tokenizer stays far below."""
 
 
-def _is_small_file(path: Path) -> bool:
+def _is_wanted(path: Path) -> bool:
     name = path.name
     if name in REPLACED or name.endswith(".index.json") or name.startswith("."):
         return False
     wanted = path.suffix in SUFFIXES or (name.startswith(PREFIXES) and path.suffix in ("", ".md", ".txt"))
-    return wanted and path.is_file() and path.stat().st_size <= LIMIT
+    return wanted and path.is_file()
+
+
+def _candidates(src: Path) -> list[tuple[Path, str]]:
+    found = [(path, path.name) for path in sorted(src.iterdir()) if _is_wanted(path)]
+    templates = src / TEMPLATES
+    if templates.is_dir() and not templates.is_symlink():
+        found += [(path, f"{TEMPLATES}/{path.name}") for path in sorted(templates.glob("*.jinja")) if path.is_file()]
+    return found
+
+
+def too_large_files(src: Path) -> dict[str, int]:
+    """Relative name -> size in bytes of what would be copied if it were not above `LIMIT`."""
+    sizes = {name: path.stat().st_size for path, name in _candidates(src)}
+    return {name: size for name, size in sizes.items() if size > LIMIT}
 
 
 def small_files(src: Path) -> list[tuple[Path, str]]:
     """(file, its relative name) of everything that is copied, in order. Links that lead outside are refused."""
-    found = [(path, path.name) for path in sorted(src.iterdir()) if _is_small_file(path)]
-    templates = src / TEMPLATES
-    if templates.is_dir() and not templates.is_symlink():
-        found += [(path, f"{TEMPLATES}/{path.name}") for path in sorted(templates.glob("*.jinja")) if path.is_file()]
+    found = [(path, name) for path, name in _candidates(src) if path.stat().st_size <= LIMIT]
     for path, _ in found:
         inside(path.parent, path.name, str(src), src)
     return found

@@ -16,7 +16,7 @@ from .discover import Linear, discover
 from .inspection import layouts_of, quantization_of
 from .json_file import INDEX_LIMIT, read_json
 from .reader import REPORT_NAME, CheckpointFolder, open_source
-from .records import check_finite, load_record
+from .records import load_record, read_weight
 
 REPORT_TOLERANCE = 1e-4
 """Relative difference accepted between a recomputed squared error and the report's: another device sums in another
@@ -87,9 +87,8 @@ def _verify_layer(
     try:
         record = load_record(folder, module, layout.format)
         record.check_values()
-        weight = source.file_of(linear.tensor).read(linear.tensor)
-        check_finite(weight, f"{source.file_of(linear.tensor).path}: tensor {linear.tensor!r}")
-        squared_error, squared_weight = weight_error(weight.T if linear.transposed else weight, record)
+        weight = read_weight(source, linear.tensor, linear.transposed)
+        squared_error, squared_weight = weight_error(weight, record)
     except LutgemmError as error:
         problems.append(f"layer {module!r}: {error}")
         return entry

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .. import __version__
+from .. import __version__, _startup
 from ..errors import LutgemmError
 
 VERBS: dict[str, str] = {
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     module: ModuleType | None = None
     try:
+        _startup.end()
         module = importlib.import_module(f".{args.verb}", __name__)
         code = _run(module, args.verb, args.arguments)
         sys.stdout.flush()

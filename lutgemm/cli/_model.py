@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ..checkpoint.discover import config_errors
 from ..checkpoint.json_file import read_json
+from ..checkpoint.reader import refuse_unfinished
 from ..errors import ArgumentError, CheckpointError, LutgemmError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +67,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[A
     target = parse_device(device)
     expected: tuple[type[Exception], ...] = (OSError, RecursionError, SafetensorError, *config_errors())
     folder = Path(source)
+    refuse_unfinished(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json; give the folder of a Hugging Face checkpoint")
     try:

@@ -17,7 +17,7 @@ from ..checkpoint.json_file import read_json
 from ..checkpoint.plan import Options, parse_config
 from ..checkpoint.reader import local_folder
 from ..checkpoint.records import LayerResult
-from ..checkpoint.report import layout_text, summary_lines
+from ..checkpoint.report import layout_text, not_copied_lines, summary_lines
 from ..config import BCQ_METHODS, BCQ_SCALE_KINDS, CONFIGS
 from ..errors import ArgumentError
 from ..formats.base import SCALE_DTYPES
@@ -169,6 +169,8 @@ def run(args: argparse.Namespace) -> int:
         on_layer=_print_layer if args.verbose else None,
         base_model=None if Path(args.src).is_dir() else args.src,
     )
+    for line in not_copied_lines(report):
+        print(f"lutgemm: {line}", file=sys.stderr)
     print(json.dumps(report) if args.json else "\n".join([*summary_lines(report), f"written to {args.dst}"]))
     return 0
 

@@ -192,18 +192,12 @@ class QuantizedWeight(ABC):
         for name, spec in specs.items():
             spec.check(f"{self.format} weight, {name}", tensors[name])
         self.layout = layout
+        self.shape = layout.shape
+        """(N, K)"""
+        self.group_size = layout.group_size
         self.tensors: dict[str, Tensor] = {name: tensors[name] for name in specs}
-        self._packed: Tensor | None = None
-        self._packed_key: tuple[Any, ...] | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return self.layout.shape
-
-    @property
-    def group_size(self) -> int:
-        return self.layout.group_size
+        self.choices: dict[Any, Any] = {}
+        """Who computes calls of few tokens, as `ops` found it: part of no copy."""
 
     @property
     def device(self) -> torch.device:
@@ -245,27 +239,18 @@ class QuantizedWeight(ABC):
         """The same weight on another device. Its dtypes never change: they are part of the format."""
         return type(self)(self.layout, {name: t.to(device) for name, t in self.tensors.items()})
 
-    def packed(self) -> Tensor | None:
-        """The layout that the device's kernels read, built at first use and kept; None where they read the record.
+    def repack(self) -> None:
+        """Make the next call prepare this weight for its kernels again.
 
-        It is rebuilt when a tensor of the record was changed in place, as autograd's version counter tells it: not
-        through `.data`, not on inference tensors, and not inside a compiled graph. While scales are being trained there
-        is none: kernels then read the record itself. While a graph is traced it is used if it exists, never built.
+        Kernels read a layout of their own, which the first call makes and which is kept while the tensors live. Changes
+        in place are noticed; changes through `.data` or through memory shared outside of torch are not: call this then.
         """
-        if any(t.requires_grad for t in self.tensors.values()):
-            return None
-        if torch.compiler.is_compiling():
-            return self._packed
-        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.tensors.values())
-        if self._packed_key != key:
-            from ..backends import prepare
+        from ..backends import prepared
 
-            self._packed, self._packed_key = prepare(self), key
-        return self._packed
+        prepared.forget(self.codes)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the packed form out; the copy builds its own."""
-        return self.__dict__ | {"_packed": None, "_packed_key": None}
+        return self.__dict__ | {"choices": {}}
 
     def __repr__(self) -> str:
         n, k = self.shape

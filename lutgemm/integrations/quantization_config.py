@@ -21,6 +21,7 @@ from ..formats import FORMAT_VERSION, LAYOUTS, Layout, layout_from_dict
 QUANT_METHOD = "lutgemm"
 KNOWN_VERSIONS = (FORMAT_VERSION,)
 WHERE = "config.json, quantization_config"
+REMEDY = "download the checkpoint or quantize the model again"
 
 
 def producer() -> str:
@@ -52,20 +53,22 @@ def layers_to_json(layouts: Mapping[str, Layout]) -> list[dict[str, Any]]:
 def layers_from_json(layers: Any) -> dict[str, dict[str, Any]]:
     """The `layers` list -> module name -> its layout entry. Raises `CheckpointError` naming what is malformed."""
     if not isinstance(layers, list):
-        raise CheckpointError(f"{WHERE}: layers must be a list, got {_short(layers)}")
+        raise CheckpointError(f"{WHERE}: layers must be a list, got {_short(layers)}; {REMEDY}")
     found: dict[str, dict[str, Any]] = {}
     for i, entry in enumerate(layers):
         where = f"{WHERE}: layers[{i}]"
         if not isinstance(entry, dict) or entry.keys() != {"layout", "modules"}:
-            raise CheckpointError(f"{where} must be an object of 'layout' and 'modules', got {_short(entry)}")
+            raise CheckpointError(f"{where} must be an object of 'layout' and 'modules', got {_short(entry)}; {REMEDY}")
         layout, modules = entry["layout"], entry["modules"]
         if not isinstance(layout, dict) or layout.get("format") not in LAYOUTS:
-            raise CheckpointError(f"{where}.layout must name a format of {sorted(LAYOUTS)}, got {_short(layout)}")
+            raise CheckpointError(
+                f"{where}.layout must name a format of {sorted(LAYOUTS)}, got {_short(layout)}; {REMEDY}"
+            )
         if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
-            raise CheckpointError(f"{where}.modules must be a list of module names, got {_short(modules)}")
+            raise CheckpointError(f"{where}.modules must be a list of module names, got {_short(modules)}; {REMEDY}")
         for name in modules:
             if name in found:
-                raise CheckpointError(f"{where}.modules: {name!r} is listed twice")
+                raise CheckpointError(f"{where}.modules: {name!r} is listed twice; {REMEDY}")
             found[name] = layout
     return found
 
@@ -100,17 +103,17 @@ def parse(entry: Any) -> CheckpointConfig:
     Raises `CheckpointError` when it is not ours, of an unknown version, or malformed.
     """
     if not isinstance(entry, Mapping):
-        raise CheckpointError(f"{WHERE} must be an object, got {_short(entry)}")
+        raise CheckpointError(f"{WHERE} must be an object, got {_short(entry)}; {REMEDY}")
     if entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{WHERE}: quant_method is {entry.get('quant_method')!r}, lutgemm reads {QUANT_METHOD!r}")
     check_version(entry.get("format_version"))
     asked = entry.get("config")
     if asked is not None and not isinstance(asked, Mapping):
-        raise CheckpointError(f"{WHERE}: config must be an object or null, got {_short(asked)}")
+        raise CheckpointError(f"{WHERE}: config must be an object or null, got {_short(asked)}; {REMEDY}")
     try:
         config = None if asked is None else config_from_dict(asked)
     except (LutgemmError, TypeError) as error:
-        raise CheckpointError(f"{WHERE}: config: {error}") from None
+        raise CheckpointError(f"{WHERE}: config: {error}; {REMEDY}") from None
     return CheckpointConfig(config, layers_from_json(entry.get("layers")), str(entry.get("producer", "unknown")))
 
 

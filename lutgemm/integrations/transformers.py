@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +20,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import nn as lutgemm_nn
 from ..config import BCQConfig, CodebookConfig, config_from_dict
-from ..errors import ArgumentError, CheckpointError, FormatError, LutgemmError
+from ..errors import ArgumentError, CheckpointError, LutgemmError
 from ..nn import QuantizedLinear, Selection
 from ..quantize import quantize
 from . import checkpoint_files
+from .checkpoint_files import StoredTensor
+from .loaded_tensors import StoredModel, check_filled, check_finite, check_records, check_shapes
+from .loading import load as load
 from .quantization_config import (
     QUANT_METHOD,
+    REMEDY,
     WHERE,
     describe,
     layers_from_json,
@@ -94,8 +97,8 @@ class LutgemmQuantizer(HfQuantizer):
         """Names of the modules that are still to be quantized on load."""
         self.failure: LutgemmError | None = None
         """The first error of a conversion on load; transformers would print it and raise another."""
-        self.files: dict[str, str] = {}
-        """Module name -> file that holds its codes."""
+        self.checkpoint = StoredModel("the checkpoint", {}, converted=True, nbytes=0, shapes={})
+        """What is being loaded; empty when `from_pretrained` was given a state dict."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized and self.quantization_config.config is None:
@@ -120,10 +123,20 @@ class LutgemmQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        files: list[str] | None = kwargs.get("checkpoint_files")
+        source = str(getattr(model.config, "name_or_path", None) or "the checkpoint")
+        if files is not None:
+            checkpoint_files.check_places(source, files)
+        stored = None
+        if files is not None and (self.pre_quantized or all(file.endswith(".safetensors") for file in files)):
+            stored = checkpoint_files.stored_tensors(files)
         if self.pre_quantized:
-            self._place_empty_layers(model, kwargs.get("checkpoint_files"))
+            self._place_empty_layers(model, stored)
         else:
             self.pending = set(self._choose(model))
+        if stored is not None:
+            self.checkpoint = StoredModel.of(model, source, stored)
+            check_shapes(model, self.checkpoint)
 
     def _choose(self, model: Any) -> dict[str, nn.Module]:
         config = self.quantization_config
@@ -140,9 +153,8 @@ class LutgemmQuantizer(HfQuantizer):
         left = Selection.of(in_fp32)
         return {n: module for n, module in chosen.items() if n not in kept and not left.reason_to_skip(n)}
 
-    def _place_empty_layers(self, model: Any, files: list[str] | None) -> None:
+    def _place_empty_layers(self, model: Any, stored: Mapping[str, StoredTensor] | None) -> None:
         entries = layers_from_json(self.quantization_config.layers)
-        stored = None if files is None else checkpoint_files.stored_tensors(files)
         if stored is not None:
             checkpoint_files.check_unlisted(stored, entries)
         tied = _tied_modules(model)
@@ -150,17 +162,22 @@ class LutgemmQuantizer(HfQuantizer):
             name = _module_name(model, listed)
             module = model.get_submodule(name)
             if name in tied:
-                raise CheckpointError(f"{WHERE}: {name} is listed, but this model ties its weight to another module")
+                raise CheckpointError(
+                    f"{WHERE}: {name} is listed, but this model ties its weight to another module; {REMEDY}"
+                )
             try:
                 dense = lutgemm_nn.dense_weight(module)
             except ArgumentError:
                 raise CheckpointError(
-                    f"{WHERE}: {name} is listed, but it is a {type(module).__name__}, not a linear layer"
+                    f"{WHERE}: {name} is listed, but it is a {type(module).__name__}, not a linear layer; {REMEDY}"
                 ) from None
-            layout, bias = layout_of(name, entry, *dense.shape), module.bias is not None
+            bias = module.bias is not None
+            try:
+                layout = layout_of(name, entry, *dense.shape)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; {REMEDY}") from None
             if stored is not None:
                 checkpoint_files.check_layer(stored, listed, layout, bias)
-                self.files[name] = stored[f"{listed}.codes"].file
             _swap(model, name, QuantizedLinear.empty(layout, bias, dense.dtype, "meta"))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -212,15 +229,15 @@ class LutgemmQuantizer(HfQuantizer):
             raise self.failure
         if self.pending:
             names = ", ".join(sorted(self.pending)[:5])
-            raise CheckpointError(f"the checkpoint holds no weight of {len(self.pending)} linear layers: {names}")
-        for name, module in _quantized(model).items():
-            record = module.weight_record
-            for tensor in record.tensors.values():
+            raise CheckpointError(
+                f"the checkpoint holds no weight of {len(self.pending)} linear layers: {names}; download it again"
+            )
+        for module in _quantized(model).values():
+            for tensor in module.weight_record.tensors.values():
                 tensor.requires_grad_(False)
-            try:
-                record.check_values()
-            except FormatError as error:
-                raise FormatError(f"{self.files.get(name, 'checkpoint')}: {name}: {error}") from None
+        check_records(model, self.checkpoint)
+        check_filled(model, self.checkpoint)
+        check_finite(model, self.checkpoint)
         self.quantization_config.layers = _layers(model)
         return model
 
@@ -273,7 +290,7 @@ def _module_name(model: Any, listed: str) -> str:
             return name
     raise CheckpointError(
         f"{WHERE}: {listed} is listed, but {type(model).__name__} has no such module; "
-        "config.json and the model's class do not belong together"
+        f"config.json and the model's class do not belong together; {REMEDY}"
     )
 
 
@@ -297,73 +314,6 @@ def register() -> None:
     """Enter `quant_method: "lutgemm"` into transformers' tables."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LutgemmConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = LutgemmQuantizer
-
-
-def load(
-    path_or_hub_id: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
-) -> Any:
-    """The model of a lutgemm checkpoint, in eval mode: a folder (no network is used) or a Hub model id.
-
-    dtype: of what is not quantized; None takes the checkpoint's. device: where to put the model; None is the CPU.
-    Raises `CheckpointError` when it is not a lutgemm checkpoint, its files are missing, damaged or contradictory, a
-    tensor of the model is missing, or a weight holds NaN or Inf.
-    """
-    path = Path(path_or_hub_id)
-    is_folder = path.is_dir()
-    if is_folder:
-        config = checkpoint_files.read_json(path / "config.json")
-    elif path.exists():
-        raise CheckpointError(f"{path} is a file; name the checkpoint's folder")
-    else:
-        try:
-            config, _ = transformers.PretrainedConfig.get_config_dict(str(path_or_hub_id))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path_or_hub_id}: neither a folder nor a model that the Hub gives: {error}"
-            ) from None
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
-        found = entry.get("quant_method") if isinstance(entry, dict) else None
-        raise CheckpointError(
-            f"{path_or_hub_id} is not a lutgemm checkpoint (quant_method: {found!r}); "
-            "make one with: lutgemm quantize SRC DST"
-        )
-    parse(entry)
-    if is_folder:
-        checkpoint_files.check_index(path)
-    model_class = _model_class(config)
-    try:
-        model, info = model_class.from_pretrained(
-            str(path_or_hub_id),
-            dtype=dtype or "auto",
-            local_files_only=is_folder,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except OSError as error:
-        raise CheckpointError(f"{path_or_hub_id}: {error}") from None
-    _check_dense(str(path_or_hub_id), model, info["missing_keys"])
-    return (model if device is None else model.to(device)).eval()
-
-
-def _check_dense(source: str, model: Any, missing: Iterable[str]) -> None:
-    """What `from_pretrained` lets pass: tensors it made up because the files lack them, and NaN or Inf."""
-    remedy = "download the checkpoint or quantize the model again"
-    if names := sorted(missing):
-        raise CheckpointError(f"{source}: tensor {names[0]!r} is missing ({len(names)} in all); {remedy}")
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise CheckpointError(f"{source}: {name} holds NaN or Inf; {remedy}")
-
-
-def _model_class(config: Mapping[str, Any]) -> Any:
-    """The class that wrote the checkpoint, else the auto class for causal language models."""
-    names = config.get("architectures")
-    first = names[0] if isinstance(names, list) and names else None
-    known = getattr(transformers, first, None) if isinstance(first, str) else None
-    if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
-        return known
-    return transformers.AutoModelForCausalLM
 
 
 register()

@@ -12,12 +12,16 @@ from ..formats import BCQWeight, CodebookWeight
 from .bcq import quantize_bcq
 from .codebook import quantize_codebook
 from .measure import weight_error
+from .slabs import Weight, WeightRows
 
 
 def quantize(
-    weight: Tensor, config: BCQConfig | CodebookConfig, hessian: Tensor | None = None
+    weight: Weight, config: BCQConfig | CodebookConfig, hessian: Tensor | None = None
 ) -> BCQWeight | CodebookWeight:
-    """Quantize `[N, K]` as `config` says. Raises `ArgumentError` as `quantize_bcq` and `quantize_codebook` do."""
+    """Quantize `[N, K]`, a tensor or `WeightRows`, as `config` says.
+
+    Raises `ArgumentError` as `quantize_bcq` and `quantize_codebook` do.
+    """
     if not isinstance(config, BCQConfig | CodebookConfig):
         raise ArgumentError(f"config is a {type(config).__name__}; pass a BCQConfig or a CodebookConfig")
     options = {field.name: getattr(config, field.name) for field in fields(config)}
@@ -26,4 +30,4 @@ def quantize(
     return quantize_codebook(weight, hessian=hessian, **options)
 
 
-__all__ = ["quantize", "quantize_bcq", "quantize_codebook", "weight_error"]
+__all__ = ["WeightRows", "quantize", "quantize_bcq", "quantize_codebook", "weight_error"]

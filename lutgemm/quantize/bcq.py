@@ -15,10 +15,12 @@ from .measure import weight_error
 from .slabs import (
     Block,
     Stored,
+    Weight,
     check_hessian,
     check_stored,
     check_weight,
     column_blocks,
+    full_precision,
     group_importance,
     one_thread,
     power_of_two,
@@ -35,7 +37,7 @@ SAMPLE_ELEMENTS = 1 << 17
 
 
 def quantize_bcq(
-    weight: Tensor,
+    weight: Weight,
     bits: int = 4,
     group_size: int | str = 128,
     hessian: Tensor | None = None,
@@ -62,7 +64,7 @@ def quantize_bcq(
     importance = check_hessian(hessian, weight)
     size = resolve_group_size(group_size, k, GROUP_MULTIPLE)
     kind = _decide(config)
-    with one_thread(weight.device):
+    with one_thread(weight.device), full_precision(weight.device):
         if kind == "auto":
             kind = _cheaper_kind(weight, importance, config, size)
         return _Result(config, kind, n, k, size, weight.device).fill(weight, importance)
@@ -86,14 +88,14 @@ def _decide(config: BCQConfig) -> str:
     return "auto" if config.method == "best" else "uniform"
 
 
-def _cheaper_kind(weight: Tensor, importance: Tensor | None, config: BCQConfig, size: int) -> str:
+def _cheaper_kind(weight: Weight, importance: Tensor | None, config: BCQConfig, size: int) -> str:
     """The kind of less distortion at equal rate: the lower `error * 4**bits_per_weight` on evenly spaced rows.
 
     A bit a weight is worth 6 dB, a factor of 4 in squared error. Ties go to "uniform", whose kernels read fewer scales.
     """
     n, k = weight.shape
     count = min(n, max(16, SAMPLE_ELEMENTS // k))
-    sample = weight[torch.arange(count, device=weight.device) * n // count]
+    sample = read(weight, torch.arange(count, device=weight.device) * n // count)
     cost = {}
     for kind in ("uniform", "free"):
         trial = _Result(config, kind, count, k, size, weight.device).fill(sample, importance)
@@ -121,7 +123,7 @@ class _Result:
         self.tensors["header"] = self.layout.header().to(device)
         self.scale_dtype = parse_scale_dtype(config.scale_dtype)
 
-    def fill(self, weight: Tensor, importance: Tensor | None) -> BCQWeight:
+    def fill(self, weight: Weight, importance: Tensor | None) -> BCQWeight:
         n, k = self.layout.shape
         blocks = column_blocks(k, self.size)
         for rows in slabs(n, k):

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from ..config import CodebookConfig
-from ..errors import ArgumentError
 from ..formats import CodebookLayout, CodebookWeight
 from ..formats.base import parse_scale_dtype, resolve_group_size
 from .kmeans import assign, centroids, lloyd, reseed
 from .slabs import (
     Block,
     Stored,
+    Weight,
     check_hessian,
     check_stored,
     check_weight,
     column_blocks,
+    full_precision,
     group_importance,
     power_of_two,
     read,
@@ -36,7 +37,7 @@ ENCODE_ROUNDS = 3
 
 
 def quantize_codebook(
-    weight: Tensor,
+    weight: Weight,
     num_codebooks: int = 1,
     vec_len: int = 4,
     codebook_bits: int = 8,
@@ -68,6 +69,14 @@ def quantize_codebook(
         group_size=resolve_group_size(group_size, k, vec_len),
         scale_dtype=scale_dtype,
     )
+    with full_precision(weight.device):
+        return _quantize(weight, importance, layout, config)
+
+
+def _quantize(
+    weight: Weight, importance: Tensor | None, layout: CodebookLayout, config: CodebookConfig
+) -> CodebookWeight:
+    (n, k), vec_len, scale_dtype = layout.shape, config.vec_len, config.scale_dtype
     dtype = parse_scale_dtype(scale_dtype)
     blocks = column_blocks(k, layout.group_size)
     books = _train(weight, importance, blocks[0], config).to(dtype)
@@ -82,7 +91,7 @@ def quantize_codebook(
             groups = _Groups(block.split(slab), own, vec_len, dtype)
             codes, scale = _encode(groups, books.to(torch.float32))
             span = slice(block.start // vec_len, -(-block.stop // vec_len))
-            tensors["codes"][:, rows, span] = codes.view(num_codebooks, len(slab), -1).to(tensors["codes"].dtype)
+            tensors["codes"][:, rows, span] = codes.view(config.num_codebooks, len(slab), -1).to(tensors["codes"].dtype)
             tensors["scales"][rows, block.groups] = groups.stored.expand(scale).view(-1, block.count)
     check_stored("scales", tensors["scales"], scale_dtype)
     return CodebookWeight(layout, tensors)
@@ -188,7 +197,7 @@ def _encode(groups: _Groups, books: Tensor) -> tuple[Tensor, Tensor]:
     return best_codes, best_scale
 
 
-def _training_groups(weight: Tensor, importance: Tensor | None, block: Block, config: CodebookConfig) -> _Groups:
+def _training_groups(weight: Weight, importance: Tensor | None, block: Block, config: CodebookConfig) -> _Groups:
     """A stratified sample of the groups of a block: one at random from each of equal stretches of the weight."""
     wanted = TRAINING_VECTORS_PER_CENTROID << config.codebook_bits
     wanted = min(max(wanted, MIN_TRAINING_VECTORS), MAX_TRAINING_VECTORS)
@@ -201,22 +210,24 @@ def _training_groups(weight: Tensor, importance: Tensor | None, block: Block, co
     index = place.long().clamp(max=total - 1).to(weight.device)
     columns = torch.arange(block.length, device=weight.device) + block.start
     columns = columns + (index % block.count)[:, None] * block.length
-    groups = weight.detach()[(index // block.count)[:, None], columns].to(torch.float32)
-    if not torch.isfinite(groups).all():
-        raise ArgumentError("weight holds NaN or Inf; repair or exclude this layer")
+    groups = torch.empty(count, block.length, dtype=torch.float32, device=weight.device)
+    for part in slabs(count, weight.shape[1]):
+        groups[part] = read(weight, index[part] // block.count).gather(1, columns[part])
     own = group_importance(importance, block, 1)
     own = None if own is None else own[index % block.count]
     return _Groups(groups, own, config.vec_len, parse_scale_dtype(config.scale_dtype))
 
 
-def _train(weight: Tensor, importance: Tensor | None, block: Block, config: CodebookConfig) -> Tensor:
+def _train(weight: Weight, importance: Tensor | None, block: Block, config: CodebookConfig) -> Tensor:
     """Codebooks fp32 `[m, E, v]`: residual k-means, then joint rounds of scales, codes and centroids; the best kept."""
     groups = _training_groups(weight, importance, block, config)
     generator = torch.Generator().manual_seed(config.seed + 1)
     scale = groups.rms()
     weights = groups.flat_weights()
     vectors, emphasis = groups.scaled(scale), _emphasis(groups, scale)
-    books = torch.zeros(config.num_codebooks, 2**config.codebook_bits, config.vec_len, device=weight.device)
+    books = torch.zeros(
+        config.num_codebooks, 2**config.codebook_bits, config.vec_len, dtype=torch.float32, device=weight.device
+    )
     residual = vectors
     share = slice(None, None, FIRST_SHARE if len(vectors) > MIN_TRAINING_VECTORS * FIRST_SHARE else 1)
     residual, few = vectors[share], None if weights is None else weights[share]

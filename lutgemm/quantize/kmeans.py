@@ -42,24 +42,26 @@ def assign(vectors: Tensor, weights: Tensor | None, book: Tensor) -> Tensor:
     return nearest
 
 
-def cluster_sums(codes: Tensor, values: Tensor, entries: int) -> Tensor:
-    """fp64 `[E, f]`: the sum of values `[n, f]` over the vectors of each centroid, in a fixed order."""
-    values = values.to(torch.float64)
-    total = values.new_zeros(entries, values.shape[1])
-    if values.device.type == "cpu":
-        return total.index_add_(0, codes, values)
-    # Atomic additions of a GPU would make the sums depend on the run.
-    step = max(1, CHUNK_ELEMENTS // entries)
-    for start in range(0, len(values), step):
-        member = codes[start : start + step, None] == torch.arange(entries, device=codes.device)
-        total += member.to(torch.float64).T @ values[start : start + step]
+def cluster_sums(vectors: Tensor, weights: Tensor, codes: Tensor, entries: int) -> Tensor:
+    """fp64 `[E, 2 * v]`: the sums of weights * vectors, and of weights, over the vectors of each centroid, in a fixed
+    order and a part of the vectors at a time."""
+    total = torch.zeros(entries, 2 * vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    on_cpu = vectors.device.type == "cpu"
+    step = max(1, CHUNK_ELEMENTS // (8 * vectors.shape[1] if on_cpu else entries))
+    for start in range(0, len(vectors), step):
+        part = slice(start, start + step)
+        values = torch.cat((vectors[part] * weights[part], weights[part]), -1).to(torch.float64)
+        if on_cpu:
+            total.index_add_(0, codes[part], values)
+        else:  # Atomic additions of a GPU would make the sums depend on the run.
+            member = codes[part, None] == torch.arange(entries, device=codes.device)
+            total += member.to(torch.float64).T @ values
     return total
 
 
 def centroids(vectors: Tensor, weights: Tensor, codes: Tensor, book: Tensor) -> Tensor:
     """The weighted mean `[E, v]` of the vectors of each centroid; a centroid without any stays as it is."""
-    sums = cluster_sums(codes, torch.cat((vectors * weights, weights), -1), len(book))
-    moment, mass = sums.chunk(2, -1)
+    moment, mass = cluster_sums(vectors, weights, codes, len(book)).chunk(2, -1)
     return torch.where(mass > 0, moment / mass.clamp(min=1e-300), book.to(torch.float64)).to(torch.float32)
 
 

@@ -92,7 +92,7 @@ def clip_search(groups: Tensor, importance: Tensor | None, bits: int, stored: St
 
 def _refit(groups: Tensor, importance: Tensor | None, q: Tensor, stored: Stored) -> Grid:
     """Least squares of (s, zero) for fixed q: the line through (q, w), its zero rounded, then s alone for that zero."""
-    weights = torch.ones((), device=groups.device) if importance is None else importance
+    weights = torch.ones((), dtype=torch.float32, device=groups.device) if importance is None else importance
     mass = (weights * torch.ones_like(q)).sum(-1)
     mean_q, mean_w = (weights * q).sum(-1) / mass, (weights * groups).sum(-1) / mass
     centered = weights * (q - mean_q[:, None])
@@ -117,7 +117,7 @@ def best_grid(groups: Tensor, importance: Tensor | None, bits: int, stored: Stor
     beyond the codes; a positive one negated, with a negative s.
     """
     best = _Best(groups, importance, bits, rtn_grid(groups, bits, stored))
-    sign = torch.where(groups.amin(-1) > 0, -1.0, 1.0)
+    sign = torch.where(groups.amin(-1) > 0, -1.0, torch.ones_like(groups[:, 0]))
     groups = groups * sign[:, None]
     low, high = groups.amin(-1), groups.amax(-1)
     own = _Best(groups, importance, bits, _range_grid(low, high, bits, stored, MAX_ZERO))

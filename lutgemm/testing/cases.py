@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accuracy import ACCURACIES
 from ..errors import ArgumentError
 from ..formats import BCQLayout, BCQWeight, CodebookLayout, CodebookWeight, QuantizedWeight
 from ..formats.bcq import ZEROS_DTYPES, pack_bits
@@ -69,6 +70,8 @@ class OpCase:
     """"contiguous", "transposed" (column-major), "strided" (every other column), "unaligned" (between NaN guards)"""
     outliers: bool = False
     """A few columns of x are 100 times the others (random tier)."""
+    accuracy: str = "exact"
+    """What the call asks for; the exact tier is for "exact" only."""
     seed: int = 0
 
     @property
@@ -144,8 +147,10 @@ class OpCase:
         return torch.where(order < count, signs, torch.zeros(()))
 
     def has_tier(self, tier: str) -> bool:
-        """Whether `inputs(tier)` can be made."""
+        """Whether `inputs(tier)` can be made, and what it demands is asked for."""
         if tier == "exact":
+            if self.accuracy != "exact":
+                return False
             try:
                 self.inputs(tier)
             except ArgumentError:
@@ -256,6 +261,10 @@ X_LAYOUTS = ("contiguous", "transposed", "strided", "unaligned")
 SCALE_KINDS = ("free", "uniform", "ratio")
 MIXED_CASES = 40
 
+ROUNDED = tuple(name for name in ACCURACIES if name != "exact")
+ROUNDED_SHAPES = ((1, 300, 1100), (3, 65, 300), (16, 130, 256), (33, 31, 100), (1, 7, 33), (2, 1, 1))
+"""M, N, K that every accuracy below "exact" is run on."""
+
 
 def _unique(cases: Iterable[OpCase]) -> list[OpCase]:
     return list(dict.fromkeys(cases))
@@ -272,6 +281,12 @@ def _common(base: OpCase) -> list[OpCase]:
     cases += [replace(base, group_size=g, K=300) for g in (32, 64, 128, 0, 1024)]
     cases += [replace(base, M=m, N=300, K=1100, group_size=128, bias=True) for m in (1, 17)]
     return cases
+
+
+def _rounded(base: OpCase) -> list[OpCase]:
+    """The accuracies below "exact": outliers in x, and the shapes around the blocks of kernels."""
+    wide = replace(base, outliers=True, group_size=64)
+    return [replace(wide, accuracy=a, M=m, N=n, K=k) for a in ROUNDED for m, n, k in ROUNDED_SHAPES]
 
 
 def _mix(base: OpCase, axes: dict[str, tuple[Any, ...]], accept: Callable[[OpCase], bool]) -> list[OpCase]:
@@ -307,6 +322,10 @@ def bcq_cases() -> list[OpCase]:
     cases += [replace(base, scale_kind="ratio", offsets=False), replace(base, bias=True, offsets=False)]
     cases += [replace(base, scale_kind="uniform", bits=4, zeros_dtype=z, bias=True) for z in ZEROS_DTYPES]
     axes = _COMMON_AXES | {"bits": tuple(range(1, 9)), "scale_kind": SCALE_KINDS, "offsets": (False, True)}
+    cases += _rounded(replace(base, bits=3, bias=True))
+    cases += [replace(base, M=m, K=300, bits=4, scale_kind="uniform", accuracy=a) for a in ROUNDED for m in (1, 16)]
+    cases += [replace(base, M=3, K=300, bits=b, accuracy=a) for a in ROUNDED for b in (1, 8)]
+    cases += [replace(base, M=3, K=300, dtype=d, accuracy=a) for a in ROUNDED for d in DTYPES[1:]]
     return _unique(cases + _mix(base, axes, lambda case: case.M * case.bits * case.K < 2**15))
 
 
@@ -318,6 +337,10 @@ def codebook_cases() -> list[OpCase]:
     cases += [replace(base, num_codebooks=c, vec_len=v, K=100) for c in range(1, 5) for v in (2, 4, 8, 16)]
     cases += [replace(base, num_codebooks=c, vec_len=v, codebook_bits=8, K=200) for c, v in ((1, 4), (1, 8), (2, 8))]
     cases += [replace(base, vec_len=v, group_size=v, K=33) for v in (2, 4, 8, 16)]
+    cases += _rounded(replace(base, codebook_bits=8, bias=True))
+    cases += [replace(base, M=m, K=300, num_codebooks=2, vec_len=8, accuracy=a) for a in ROUNDED for m in (1, 16)]
+    cases += [replace(base, M=3, K=300, codebook_bits=b, accuracy=a) for a in ROUNDED for b in (4, 10)]
+    cases += [replace(base, M=3, K=300, dtype=d, accuracy=a) for a in ROUNDED for d in DTYPES[1:]]
     axes = _COMMON_AXES | {"num_codebooks": (1, 2, 3, 4), "vec_len": (2, 4, 8, 16), "codebook_bits": (1, 4, 7, 8, 9)}
 
     def small(case: OpCase) -> bool:

@@ -1,6 +1,6 @@
 """How far a result may be from the truth: the only place with tolerances.
 
-The truth is fp64: `y = x @ W.T + bias` with W as SPEC.md defines it (fp32). Three rules, none of them a bare rtol.
+The truth is fp64: `y = x @ W.T + bias` with W as SPEC.md defines it (fp32). Four rules, none of them a bare rtol.
 
 **Bound**, for every element (`error_bound`). Write A = sum over k of |x| * (sum of the absolute terms of W), the terms
 of a BCQ weight being its scales and its offset, those of a codebook weight its scaled centroids. An algorithm may add
@@ -25,6 +25,15 @@ x's dtype on the dequantized weight rounded to that dtype, plus one rounding of 
 terms: 2**-24 * sqrt(sum of squared terms), which cancellation between planes and offset costs any table algorithm.
 
 **Exact** (`assert_equal`): the same bits.
+
+**Rounded tables** (`rounded_allowance`), in place of the first two for an accuracy below "exact". Entries of tables
+carry a rounding of their own, independent from entry to entry, so the root mean square error is at most
+`RELATIVE_ERROR` times what y would be if the signs of all products x * W were random,
+
+    rms of y ~ sqrt(mean over m, n of the sum over k of x**2 * W**2)
+
+which is y's own root mean square for data of the random tier, and does not vanish where a small y cancels; times
+1 + 3 / sqrt(2 * M * N), three standard deviations of a root mean square over so few elements; plus `torch_allowance`.
 """
 
 from __future__ import annotations
@@ -40,6 +49,8 @@ from ..formats.base import row_slabs
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 HALF_SUBNORMAL = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 LUT_WIDTH = 8
+RELATIVE_ERROR = {"fast": 2e-2, "accurate": 1e-3, "near-exact": 1e-4}
+"""Largest relative L2 error of each accuracy, for normal x with outliers."""
 
 
 def exact_result(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -193,3 +204,13 @@ def torch_allowance(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> 
         squares = absolute_weight(weight).dequantize().to(torch.float64).square()
         allowed += UNIT_ROUNDOFF[torch.float32] * float((x.to(torch.float64).square() @ squares.T).mean().sqrt())
     return allowed
+
+
+def rounded_allowance(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, accuracy: str) -> float:
+    """The most root mean square error that an accuracy below "exact" allows; 0 for no elements."""
+    if not x.shape[0]:
+        return 0.0
+    squares = weight.dequantize().to(torch.float64).square()
+    expected = float((x.to(torch.float64).square() @ squares.T).mean().sqrt())
+    sampling = 1 + 3 / (2 * x.shape[0] * weight.shape[0]) ** 0.5
+    return RELATIVE_ERROR[accuracy] * expected * sampling + torch_allowance(x, weight, bias)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from ..errors import ArgumentError
 from .hardware import last_level_cache
 
 Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 VISIT_SECONDS = 0.01
 """One visit to a callable lasts at least this long (and two counted calls). Right after a callable that went through
@@ -103,14 +105,14 @@ def _visit(copies: Sequence[Call], position: int, samples: list[float], deadline
             return position
 
 
-def time_interleaved(calls: Mapping[str, Sequence[Call]], seconds: float = 1.0) -> dict[str, Timing]:
+def time_interleaved(calls: Mapping[Name, Sequence[Call]], seconds: float = 1.0) -> dict[Name, Timing]:
     """Time every callable (name -> its copies) for about `seconds` in all, in turns; at least one sample of each.
 
     Every copy is called once before, so that its memory is touched and its kernel layout built.
     """
     if not calls or not all(calls.values()):
         raise ArgumentError(f"time_interleaved: got {list(calls)}, each needs at least one copy to call")
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     position = dict.fromkeys(calls, 0)
     for copies in calls.values():
         for call in copies:
@@ -124,13 +126,13 @@ def time_interleaved(calls: Mapping[str, Sequence[Call]], seconds: float = 1.0) 
                 return {name: Timing.of(found) for name, found in samples.items()}
 
 
-def time_interleaved_cuda(calls: Mapping[str, Sequence[Call]], seconds: float = 1.0) -> dict[str, Timing]:
+def time_interleaved_cuda(calls: Mapping[Name, Sequence[Call]], seconds: float = 1.0) -> dict[Name, Timing]:
     """As `time_interleaved`, for calls that only launch work on the current CUDA device.
 
     Each callable becomes one CUDA graph of whole rounds over its copies; a sample is one replay between two events,
     divided by its calls. Not exercised on a machine without a GPU.
     """
-    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    graphs: dict[Name, tuple[torch.cuda.CUDAGraph, int]] = {}
     for name, copies in calls.items():
         for call in copies:
             call()
@@ -146,7 +148,7 @@ def time_interleaved_cuda(calls: Mapping[str, Sequence[Call]], seconds: float = 
                 for call in copies:
                     call()
         graphs[name] = graph, rounds * len(copies)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     deadline = time.perf_counter() + seconds
     while True:

@@ -1,0 +1,45 @@
+"""The form in which every baseline is handed over: what is asked for, and the prepared layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lutgemm.testing.timing import cold_copies
+
+
+@dataclass(frozen=True)
+class Request:
+    """A layer to prepare: N x K, for that many threads; cold: in copies that exceed the caches together."""
+
+    N: int
+    K: int
+    cold: bool
+    threads: int
+    device: str = "cpu"
+
+    def copies(self, nbytes: int) -> int:
+        """How many copies of a weight of `nbytes` are called in turns."""
+        return cold_copies(nbytes) if self.cold else 1
+
+    def weight(self) -> Tensor:
+        """fp32 `[N, K]`, normal, the same for the same shape, and exact in bf16."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(self.N, self.K, generator=generator).div_(self.K**0.5).bfloat16().float()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A prepared layer. dense: the weight `[N, K]` that it multiplies by. nbytes: as stored, scales included.
+
+    bind(x): x `[M, K]` -> one call per copy, each without arguments and giving y `[M, N]` (Tensor or NumPy array);
+    raises `BackendError` for an x that it does not take.
+    """
+
+    dense: Callable[[], Tensor]
+    nbytes: int
+    bind: Callable[[Tensor], list[Callable[[], Any]]]

@@ -1,0 +1,103 @@
+// What the kernels over byte_layout.h are given and add up, and the drivers that call them.
+//
+// lut_gemm looks up a whole code byte, one token at a time: 8 signs, 128 entries by symmetry, in four registers at 12
+// or 16 bits. biqgemm cuts three code bytes into four indices of 6 bits for several tokens at once: its 64 entries of
+// 16 bits fill two registers and need no sign, and unpacking the indices is shared by the tokens.
+//
+// Entries are fixed-point numbers: multiples of a step, one for each span and token. With A the largest sum of |x| over
+// a slice, S the sum of |x| over the span, and n look-ups in it,
+//
+//   accuracy     limited by                          step                 16 slices: error of a dot product at most
+//   fast         entries of 8 bits                   A / 128              n step / 2 = A / 16
+//   accurate     their sum in 16 bits                S / (32767 - n)      n step / 2 = S / 4094 (biqgemm: S / 2976)
+//   near-exact   entries of 16 bits, summed apart    A / 32768            n step / 2 = A / 4096
+//
+// (where one entry is the limit, 1/16 step is left for fp32 rounding). lut_gemm's entry e = floor(v / step) stands for
+// (e + 1/2) * step, so that the bitwise complement is its exact negative; biqgemm's are rounded to nearest. Sums within
+// a span are integers, hence exact; then fp32: y += step * (sum over b of scale[b] * dot[b]), spans in order. So a
+// result depends neither on threads nor on the other tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "bcq.h"
+#include "byte_layout.h"
+
+namespace lutgemm {
+
+constexpr int64_t kSpanFeatures = kSpanSlices * 8;  // k of a full span
+
+// Look-ups of 6 k in a span of `slices` code bytes, and in a full one.
+constexpr int64_t word_look_ups(int64_t slices) { return slices / 3 * 4 + (slices % 3 ? slices % 3 + 1 : 0); }
+constexpr int64_t kSpanWordLookUps = word_look_ups(kSpanSlices);
+constexpr int64_t kWordEntries = 64;
+constexpr int64_t kWordTableFeatures = kSpanWordLookUps * 6;  // x that the tables of a span read, zeros beyond it
+
+constexpr int64_t byte_table_bytes(Accuracy accuracy) { return accuracy == Accuracy::kFast ? 128 : 256; }
+
+// The part of one or two row blocks in a span, one token: y [blocks][64] += ...
+struct ByteTask {
+  const PackedBytes* weight;
+  int blocks;
+  Piece pieces[2];
+  int64_t slices;
+  const uint8_t* tables;  // [slices][byte_table_bytes]
+  float step, sum;        // of the entries; of x over the span
+  float* y;
+};
+
+// One row block's part of a span, several tokens: y [tokens][64] += ...
+struct WordTask {
+  const PackedBytes* weight;
+  Piece piece;
+  const uint8_t* ahead;  // a piece that is read soon
+  int64_t ahead_bytes;
+  int64_t slices, tokens;
+  const int16_t* tables;      // [tokens][kSpanWordLookUps][kWordEntries]
+  const float *steps, *sums;  // [tokens]
+  float* y;
+};
+
+// Sums of |x| over slices of `width`: of the largest slice, and of all. NaN where any x is not finite.
+struct SliceSums {
+  float largest, total;
+};
+SliceSums slice_sums(const float* x, int64_t slices, int64_t width);
+
+// range / bound, and its reciprocal in `step`. Bounds so small that this overflows count as zero.
+float inverse_step(float range, float bound, float* step);
+
+namespace vbmi {
+// x [slices * 8] -> tables [slices][byte_table_bytes] and their step.
+void build_byte_tables(Accuracy accuracy, const float* x, int64_t slices, uint8_t* tables, float* step);
+void add_byte_span(Accuracy accuracy, const ByteTask& task);
+// x [kWordTableFeatures] -> tables [word_look_ups(slices)][kWordEntries] and their step.
+void build_word_tables(const float* x, int64_t slices, int16_t* tables, float* step);
+void add_word_span(const WordTask& task);
+}  // namespace vbmi
+
+// The tables of some tokens, all of K: filled span by span, read by all threads.
+struct ByteTokens {
+  int64_t first, count;        // tokens first .. first + count - 1
+  Scratch<uint8_t> tables;     // [span][token]{ byte tables [16][byte_table_bytes], or word tables }
+  int64_t table_stride;        // bytes from token to token
+  Scratch<float> steps, sums;  // [span][token]
+
+  const uint8_t* tables_of(int64_t span) const { return tables.get() + span * count * table_stride; }
+};
+
+constexpr int64_t kByteTokens = 4;   // tokens that lut_gemm takes past a span's codes while they are in L1
+constexpr int64_t kWordTokens = 16;  // tokens of a pass of biqgemm: y of 4096 rows takes 256 KiB of L2
+
+ByteTokens make_byte_tokens(const PackedBytes& weight, Accuracy accuracy, bool words, int64_t first, int64_t count);
+
+// Tables of spans [begin, end).
+void prepare_spans(const PackedBytes& weight, Accuracy accuracy, bool words, const Io& io, int64_t begin, int64_t end,
+                   ByteTokens& tokens);
+
+// y of the tokens, chunks [begin, end).
+void lut_gemm_chunks(const PackedBytes& weight, Accuracy accuracy, const Io& io, const ByteTokens& tokens,
+                     int64_t begin, int64_t end);
+void biqgemm_chunks(const PackedBytes& weight, const Io& io, const ByteTokens& tokens, int64_t begin, int64_t end);
+
+}  // namespace lutgemm

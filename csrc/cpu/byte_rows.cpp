@@ -1,0 +1,166 @@
+// lut_gemm and biqgemm over byte_layout.h: tables for some tokens, then the chunks of rows past them, span by span.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "byte_kernels.h"
+#include "convert.h"
+#include "isa.h"
+
+namespace lutgemm {
+namespace {
+
+constexpr int64_t kWordTableBytes = kSpanWordLookUps * kWordEntries * int64_t(sizeof(int16_t));
+
+// Chunks whose y stays in L2 from span to span: 4096 rows of kWordTokens tokens.
+constexpr int64_t kChunksAtOnce = 8;
+
+// biqgemm leaves the order of memory at the end of a chunk, so its prefetches follow the order of use. 8 to 16 KiB
+// ahead into L2 is where they were best; into L1 the same prefetches took 1.3 times as long on Zen 4.
+constexpr int64_t kPrefetchBytes = 12 << 10;
+
+}  // namespace
+
+SliceSums slice_sums(const float* x, int64_t slices, int64_t width) {
+  // Eight slices side by side: independent additions that the compiler turns into vectors.
+  constexpr int64_t kLanes = 8;
+  float largest[kLanes] = {}, total[kLanes] = {};
+  for (int64_t first = 0; first < slices; first += kLanes) {
+    float sum[kLanes] = {};
+    for (int64_t lane = 0; lane < std::min(kLanes, slices - first); ++lane) {
+      const float* slice = x + (first + lane) * width;
+      float part[2] = {};
+      for (int64_t i = 0; i < width; ++i) part[i % 2] += std::fabs(slice[i]);
+      sum[lane] = part[0] + part[1];
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      largest[lane] = std::max(largest[lane], sum[lane]);
+      total[lane] += sum[lane];
+    }
+  }
+  SliceSums s{0, 0};
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    s.largest = std::max(s.largest, largest[lane]);
+    s.total += total[lane];
+  }
+  s.largest += s.total * 0.0f;
+  return s;
+}
+
+float inverse_step(float range, float bound, float* step) {
+  const bool usable = bound > std::numeric_limits<float>::min() * 65536.0f && bound < std::numeric_limits<float>::max();
+  *step = usable ? bound / range : bound * 0.0f;
+  return usable ? range / bound : 0.0f;
+}
+
+ByteTokens make_byte_tokens(const PackedBytes& weight, Accuracy accuracy, bool words, int64_t first, int64_t count) {
+  ByteTokens t;
+  t.first = first;
+  t.count = count;
+  t.table_stride = words ? kWordTableBytes : kSpanSlices * byte_table_bytes(accuracy);
+  t.tables = make_scratch<uint8_t>(weight.spans * count * t.table_stride);
+  t.steps = make_scratch<float>(weight.spans * count);
+  t.sums = make_scratch<float>(weight.spans * count);
+  return t;
+}
+
+void prepare_spans([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] Accuracy accuracy,
+                   [[maybe_unused]] bool words, [[maybe_unused]] const Io& io, [[maybe_unused]] int64_t begin,
+                   [[maybe_unused]] int64_t end, [[maybe_unused]] ByteTokens& tokens) {
+#if LUTGEMM_X86
+  alignas(64) float x[kWordTableFeatures + 32];
+  for (int64_t s = begin; s < end; ++s) {
+    const Span span = span_at(weight, s);
+    const int64_t first = span.slice * 8, count = std::min(weight.K - first, span.slices * 8);
+    for (int64_t m = 0; m < tokens.count; ++m) {
+      const int64_t at = s * tokens.count + m;
+      const auto* source =
+          static_cast<const uint8_t*>(io.x) + ((tokens.first + m) * weight.K + first) * dtype_bytes(io.dtype);
+      load_floats(Isa::kAvx512, io.dtype, source, count, x);
+      std::memset(x + count, 0, sizeof x - size_t(count) * sizeof(float));
+      tokens.sums[size_t(at)] = group_sum(x, (span.slices + 3) / 4);
+      uint8_t* tables = tokens.tables.get() + at * tokens.table_stride;
+      if (words) {
+        vbmi::build_word_tables(x, span.slices, reinterpret_cast<int16_t*>(tables), &tokens.steps[size_t(at)]);
+      } else {
+        vbmi::build_byte_tables(accuracy, x, span.slices, tables, &tokens.steps[size_t(at)]);
+      }
+    }
+  }
+#endif
+}
+
+void lut_gemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] Accuracy accuracy,
+                     [[maybe_unused]] const Io& io, [[maybe_unused]] const ByteTokens& tokens,
+                     [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
+#if LUTGEMM_X86
+  alignas(64) float y[kByteTokens][kChunkBlocks * kByteRows];
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t blocks = weight.chunk_blocks(chunk);
+    std::memset(y, 0, sizeof y[0] * size_t(tokens.count));
+    for (int64_t s = 0; s < weight.spans; ++s) {
+      const Span span = span_at(weight, s);
+      for (int64_t block = 0; block < blocks; block += 2) {
+        ByteTask task{};
+        task.weight = &weight;
+        task.blocks = block + 1 < blocks ? 2 : 1;
+        task.slices = span.slices;
+        for (int i = 0; i < task.blocks; ++i) task.pieces[i] = piece_at(weight, span, chunk, block + i);
+        for (int64_t m = 0; m < tokens.count; ++m) {
+          const int64_t at = s * tokens.count + m;
+          task.tables = tokens.tables.get() + at * tokens.table_stride;
+          task.step = tokens.steps[size_t(at)];
+          task.sum = tokens.sums[size_t(at)];
+          task.y = y[m] + block * kByteRows;
+          vbmi::add_byte_span(accuracy, task);
+        }
+      }
+    }
+    for (int64_t m = 0; m < tokens.count; ++m) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        write_row_block(weight.N, Isa::kAvx512, io, tokens.first + m, chunk * kChunkBlocks + block,
+                        y[m] + block * kByteRows);
+      }
+    }
+  }
+#endif
+}
+
+void biqgemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] const Io& io,
+                    [[maybe_unused]] const ByteTokens& tokens, [[maybe_unused]] int64_t begin,
+                    [[maybe_unused]] int64_t end) {
+#if LUTGEMM_X86
+  const int64_t most = std::min(end - begin, kChunksAtOnce), block_floats = tokens.count * kByteRows;
+  const Scratch<float> y = make_scratch<float>(most * kChunkBlocks * block_floats);
+  for (int64_t first = begin; first < end; first += kChunksAtOnce) {
+    const int64_t stop = std::min(end, first + kChunksAtOnce);
+    std::memset(y.get(), 0, size_t((stop - first) * kChunkBlocks * block_floats) * sizeof(float));
+    const int64_t blocks = std::min(stop * kChunkBlocks, weight.row_blocks) - first * kChunkBlocks;
+    for (int64_t s = 0; s < weight.spans; ++s) {
+      const Span span = span_at(weight, s), next = span_at(weight, std::min(s + 1, weight.spans - 1));
+      const int64_t at = s * tokens.count;
+      const auto piece_of = [&](const Span& in, int64_t block) {
+        return piece_at(weight, in, first + block / kChunkBlocks, block % kChunkBlocks);
+      };
+      const int64_t distance = std::min(blocks, std::max<int64_t>(1, kPrefetchBytes / span.bytes));
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t soon = block + distance;
+        const Piece ahead = soon < blocks ? piece_of(span, soon) : piece_of(next, soon - blocks);
+        const uint8_t* ahead_start = span.starts_group ? ahead.scales : ahead.codes;
+        vbmi::add_word_span({&weight, piece_of(span, block), ahead_start, span.bytes, span.slices, tokens.count,
+                             reinterpret_cast<const int16_t*>(tokens.tables_of(s)), tokens.steps.get() + at,
+                             tokens.sums.get() + at, y.get() + block * block_floats});
+      }
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t m = 0; m < tokens.count; ++m) {
+        write_row_block(weight.N, Isa::kAvx512, io, tokens.first + m, first * kChunkBlocks + block,
+                        y.get() + block * block_floats + m * kByteRows);
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace lutgemm
