@@ -22,9 +22,8 @@ from lutgemm import _native
 from lutgemm.errors import ArgumentError, BackendError
 
 from . import peers
-from .layer import Layer, Request
+from .layer import Layer, Request, usual_group
 
-INT4_GROUP = 128
 INT8_ENGINES = ("x86", "onednn")
 """torch's engines of int8 layers, the first that this torch has."""
 
@@ -86,27 +85,28 @@ def _int8_dynamic(request: Request) -> Layer:
 
 
 def _int4(request: Request) -> Layer:
-    """torch's 4-bit weight-only kernel: bf16 activations, groups of 128."""
+    """torch's 4-bit weight-only kernel: bf16 activations, groups of 128 where they divide K."""
     _need_cpu(request, "torch_int4")
     n, k = request.N, request.K
-    if k % INT4_GROUP or n % 16:
-        raise BackendError(f"torch_int4 takes K a multiple of {INT4_GROUP} and N of 16, got N={n}, K={k}")
+    if n % 16:
+        raise BackendError(f"torch_int4 takes N a multiple of 16, got N={n}")
+    group = usual_group("torch_int4", k)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32, generator=generator)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scales = (torch.rand(k // INT4_GROUP, n, generator=generator) + 0.5) / k**0.5 / 8
+    scales = (torch.rand(k // group, n, generator=generator) + 0.5) / k**0.5 / 8
     grid = torch.stack([scales, torch.zeros_like(scales)], 2).to(torch.bfloat16)
     nbytes = packed.nbytes + grid.nbytes
     copies = [(packed.clone(), grid.clone()) for _ in range(request.copies(nbytes))]
     narrow = codes.to(torch.int8)
 
     def dense() -> Tensor:
-        return (narrow - 8).float() * grid[..., 0].float().T.repeat_interleave(INT4_GROUP, 1)
+        return (narrow - 8).float() * grid[..., 0].float().T.repeat_interleave(group, 1)
 
     def bind(x: Tensor) -> list[Callable[[], Any]]:
         activations = x.to(torch.bfloat16)
         run = torch.ops.aten._weight_int4pack_mm_for_cpu
-        return [partial(run, activations, p, INT4_GROUP, g) for p, g in copies]
+        return [partial(run, activations, p, group, g) for p, g in copies]
 
     return Layer(dense, nbytes, bind)
 
@@ -168,7 +168,7 @@ def _int8_per_tensor(x: Tensor) -> float:
 
 
 def _int8_per_block(x: Tensor) -> float:
-    return FLOAT_MARGIN * rounding(x, 254, peers.ORT_BLOCK) + 1e-3
+    return FLOAT_MARGIN * rounding(x, 254, usual_group("ONNX Runtime", x.shape[1])) + 1e-3
 
 
 BF16 = 2.0**-8

@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lutgemm.errors import BackendError
 from lutgemm.testing.timing import cold_copies
+
+GROUPS = (128, 64, 32)
+"""Weights that share a scale in 4-bit and 2-bit baselines: the first that divides K."""
+
+
+def usual_group(name: str, in_features: int) -> int:
+    """The first of `GROUPS` that divides K. Raises `BackendError` when none does; `name` is the baseline's."""
+    group = next((size for size in GROUPS if in_features % size == 0), None)
+    if group is None:
+        raise BackendError(f"{name} takes K a multiple of one of {list(GROUPS)} here, got K={in_features}")
+    return group
 
 
 @dataclass(frozen=True)

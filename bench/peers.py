@@ -14,10 +14,8 @@ from torch import Tensor
 
 from lutgemm.errors import BackendError
 
-from .layer import Layer, Request
+from .layer import Layer, Request, usual_group
 
-ORT_BLOCK = 128
-"""Weights that share a scale, and activations that are rounded to 8 bits together."""
 ORT_ACCURACY_LEVEL = 4
 """Activations of 8 bits: ONNX Runtime's fastest."""
 NF4_BLOCK = 64
@@ -38,26 +36,26 @@ def _module(package: str) -> Any:
         logging.disable(before)
 
 
-def _ort_weight(n: int, k: int, bits: int) -> tuple[Tensor, Tensor]:
+def _ort_weight(n: int, k: int, bits: int, block: int) -> tuple[Tensor, Tensor]:
     """Random codes uint8 `[N, K/block, block*bits/8]`, low bits first, and scales fp32 `[N, K/block]`."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (n, k // ORT_BLOCK, ORT_BLOCK * bits // 8), dtype=torch.uint8, generator=generator)
-    scales = (torch.rand(n, k // ORT_BLOCK, generator=generator) + 0.5) / k**0.5 / 2 ** (bits - 1)
+    codes = torch.randint(0, 256, (n, k // block, block * bits // 8), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(n, k // block, generator=generator) + 0.5) / k**0.5 / 2 ** (bits - 1)
     return codes, scales
 
 
 def _ort_dense(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     parts = torch.stack([codes >> shift & (2**bits - 1) for shift in range(0, 8, bits)], -1)
     n, blocks = scales.shape
-    values = parts.view(n, blocks, ORT_BLOCK).float() - 2 ** (bits - 1)
-    return (values * scales.unsqueeze(2)).view(n, blocks * ORT_BLOCK)
+    values = parts.view(n, blocks, -1).float() - 2 ** (bits - 1)
+    return (values * scales.unsqueeze(2)).view(n, -1)
 
 
 def _ort_model(codes: Tensor, scales: Tensor, bits: int) -> bytes:
     """A model of one MatMulNBits node, x -> y."""
     onnx = _module("onnx")
     helper, fp32 = onnx.helper, onnx.TensorProto.FLOAT
-    n, k = codes.shape[0], codes.shape[1] * ORT_BLOCK
+    n, blocks, block = codes.shape[0], codes.shape[1], codes.shape[2] * 8 // bits
     weights = [onnx.numpy_helper.from_array(codes.numpy(), "codes")]
     weights += [onnx.numpy_helper.from_array(scales.flatten().numpy(), "scales")]
     node = helper.make_node(
@@ -65,31 +63,28 @@ def _ort_model(codes: Tensor, scales: Tensor, bits: int) -> bytes:
         ["x", "codes", "scales"],
         ["y"],
         domain="com.microsoft",
-        K=k,
+        K=blocks * block,
         N=n,
         bits=bits,
-        block_size=ORT_BLOCK,
+        block_size=block,
         accuracy_level=ORT_ACCURACY_LEVEL,
     )
-    x, y = (helper.make_tensor_value_info(name, fp32, ["M", size]) for name, size in (("x", k), ("y", n)))
+    x, y = (helper.make_tensor_value_info(name, fp32, ["M", size]) for name, size in (("x", blocks * block), ("y", n)))
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], "linear", [x], [y], weights)
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
 def onnxruntime_layer(request: Request, bits: int) -> Layer:
-    """MatMulNBits of ONNX Runtime, one session per copy.
+    """MatMulNBits of ONNX Runtime, one session per copy. Activations are rounded in blocks of the weight's group.
 
     Its idle threads spin by default, and those of one copy would take the cores from the next: with several threads
     and several copies they stop at the end of a call.
     """
     ort = _module("onnxruntime")
-    if request.device != "cpu" or request.K % ORT_BLOCK:
-        raise BackendError(
-            f"ONNX Runtime's {bits}-bit layer runs on cpu with K a multiple of {ORT_BLOCK} here, "
-            f"got {request.device} and K={request.K}"
-        )
-    codes, scales = _ort_weight(request.N, request.K, bits)
+    if request.device != "cpu":
+        raise BackendError(f"ONNX Runtime's {bits}-bit layer runs on cpu here, and the device is {request.device}")
+    codes, scales = _ort_weight(request.N, request.K, bits, usual_group("ONNX Runtime", request.K))
     nbytes = codes.nbytes + scales.nbytes
     model, count = _ort_model(codes, scales, bits), request.copies(nbytes)
     options = ort.SessionOptions()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -129,9 +129,10 @@ class Line:
     case: OpCase
     algorithm: str
 
-    def call(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
+    def bind(self, x: Tensor, weight: QuantizedWeight) -> Callable[[], Tensor]:
+        """The call of the public function, without arguments left."""
         backend = self.target.backend
-        return linear(x, weight, backend=backend, algorithm=self.algorithm, accuracy=self.case.accuracy)
+        return partial(linear, x, weight, backend=backend, algorithm=self.algorithm, accuracy=self.case.accuracy)
 
 
 @dataclass
@@ -175,7 +176,7 @@ class Group:
         truth = self.truths[case.layout]
         placed = self.shelf.copies(case, device, cold=False)[0]
         with line.target.active():
-            y = line.call(self.x.to(device), placed).cpu()
+            y = line.bind(self.x.to(device), placed)().cpu()
         fault = self.fault(line, y, weight, truth)
         return Record(
             case=case,
@@ -230,7 +231,7 @@ class Group:
         for line, record in checked.items():
             if record.correct:
                 copies = self.shelf.copies(line.case, device, cold)
-                calls[line] = [partial(line.call, x, weight) for weight in copies]
+                calls[line] = [line.bind(x, weight) for weight in copies]
         clock = time_interleaved_cuda if device == "cuda" else time_interleaved
         with target.active():
             timings = clock(calls, self.options.seconds * len(self.cases)) if calls else {}

@@ -60,7 +60,7 @@ Tensor pack_bytes(const BcqWeight& weight) {
   Tensor packed = empty_prepared(byte_layout_bytes(layout));
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   write_byte_header(layout, out);
-  const int64_t chunk_lookups = kChunkBlocks * kByteRows * weight.words * 4 * weight.bits;
+  const int64_t chunk_lookups = layout.chunk_blocks * kByteRows * layout.slices * weight.bits;
   torch::stable::parallel_for(0, layout.chunks, grain(chunk_lookups),
                               [&](int64_t begin, int64_t end) { pack_byte_chunks(weight, layout, begin, end, out); });
   return packed;
@@ -111,13 +111,13 @@ void run_byte_kernel(const PackedBytes& weight, Accuracy accuracy, bool words, c
     torch::stable::parallel_for(0, weight.spans, grain(kSpanSlices * 2048 * count), [&](int64_t begin, int64_t end) {
       prepare_spans(weight, accuracy, words, io, begin, end, tokens);
     });
-    torch::stable::parallel_for(0, weight.chunks, grain(chunk_lookups * count / 8),
+    torch::stable::parallel_for(0, weight.chunks, grain(chunk_lookups * count / 2),
                                 [&](int64_t begin, int64_t end) { rows(tokens, begin, end); });
   }
 }
 
 void run_bytes(const PackedBytes& weight, Accuracy accuracy, bool biqgemm, const Io& io) {
-  const int64_t chunk_lookups = kChunkBlocks * kByteRows * weight.slices * weight.bits;
+  const int64_t chunk_lookups = weight.chunk_blocks * kByteRows * weight.slices * weight.bits;
   if (biqgemm && accuracy != Accuracy::kNearExact) {
     run_byte_kernel(
         weight, accuracy, true, io, kWordTokens, chunk_lookups,

@@ -15,6 +15,7 @@ from .backends import backends
 from .config import BCQConfig, CodebookConfig
 from .errors import ArgumentError, BackendError, CheckpointError, FormatError, LutgemmError
 from .formats import BCQWeight, CodebookWeight
+from .fusion import fuse
 from .integrations import register_with_transformers
 from .nn import BCQLinear, CodebookLinear, replace_linear, set_accuracy
 from .ops import bcq_linear, codebook_linear
@@ -38,6 +39,7 @@ __all__ = [
     "backends",
     "bcq_linear",
     "codebook_linear",
+    "fuse",
     "load",
     "quantize_bcq",
     "quantize_codebook",

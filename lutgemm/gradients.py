@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +27,21 @@ def _record(tensors: dict[str, Tensor | None], in_features: int, group_size: int
     return BCQWeight.build(in_features=in_features, group_size=group_size, **given, **kind)  # type: ignore[arg-type]
 
 
+F = TypeVar("F", bound=Callable[..., list[Tensor]])
+
+
+def _outside_of_autocast(function: F) -> F:
+    """A backward pass inside of `torch.autocast` computes what one outside does."""
+
+    @wraps(function)
+    def run(grad_y: Tensor, *arguments: Any) -> list[Tensor]:
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return function(grad_y, *arguments)
+
+    return cast(F, run)
+
+
+@_outside_of_autocast
 def bcq_gradients(
     grad_y: Tensor,
     x: Tensor,
@@ -55,7 +72,7 @@ def bcq_gradients(
             grad_scales = (per_plane * ratios[:, None, None]).sum(0, keepdim=True)
         else:
             assert zeros is not None
-            place = torch.tensor(uniform_plane_weights(len(codes)), device=x.device)[:, None, None]
+            place = torch.tensor(uniform_plane_weights(len(codes)), dtype=torch.float32, device=x.device)[:, None, None]
             center = uniform_center(zeros, len(codes))
             grad_scales = (per_plane * place).sum(0, keepdim=True) + grad_offset * center
         grads["scales"] = grad_scales.to(scales.dtype)
@@ -68,6 +85,7 @@ def bcq_gradients(
     return list(grads.values())
 
 
+@_outside_of_autocast
 def codebook_gradients(
     grad_y: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int, needs: list[bool]
 ) -> list[Tensor]:

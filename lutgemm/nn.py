@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,14 +11,16 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from tqdm import tqdm
 
-from . import ops
+from . import fusion, ops
 from ._plain import any_autocast
 from .accuracy import AUTO, resolve_accuracy
 from .config import BCQConfig, CodebookConfig
 from .coverage import CoverageReport, LayerReport, SkippedReport
 from .errors import ArgumentError, FormatError, LutgemmError
 from .formats import FORMATS, Layout, QuantizedWeight
+from .fusion import FusedGroup
 from .quantize import quantize, weight_error
+from .selection import Selection
 
 Q = TypeVar("Q", bound="QuantizedLinear")
 
@@ -45,6 +45,8 @@ class QuantizedLinear(nn.Module):
     bias: Tensor | None
     accuracy: str = AUTO
     """The least accuracy of `forward`, as `lutgemm.bcq_linear` takes it; see `set_accuracy`."""
+    _fused: tuple[FusedGroup, int] | None = None
+    """The group that answers calls of this layer together with its siblings', and the place in it; see `fuse`."""
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -121,6 +123,11 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None = self._parameters["bias"]
         if is_compiling() or any_autocast():
             x, bias = _autocast(x, bias)
+        elif self._fused is not None:
+            group, place = self._fused
+            y = group.part(place, x)
+            if y is not None:
+                return y
         return self.op(x, self.weight_record, bias, accuracy=self.accuracy)
 
     def extra_repr(self) -> str:
@@ -145,8 +152,8 @@ class QuantizedLinear(nn.Module):
                     held[name] = _normal(tensor)  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the record out; the copy builds its own."""
-        return self.__dict__ | {"_record": None}
+        """Copies and pickles leave the record and the group out; the copy builds its own record."""
+        return self.__dict__ | {"_record": None, "_fused": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         bias = self.bias
@@ -171,8 +178,7 @@ class QuantizedLinear(nn.Module):
         if given:
             try:
                 record = FORMATS[self.format](self.layout, self._record_tensors() | given)
-                if not any(tensor.is_meta for tensor in record.tensors.values()):
-                    record.check_values()
+                record.check_values({name for name, tensor in given.items() if not tensor.is_meta})
             except FormatError as error:
                 raise FormatError(f"{prefix.removesuffix('.')}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -249,54 +255,6 @@ def dense_weight(linear: nn.Module) -> Tensor:
     raise ArgumentError(f"linear: got a {type(linear).__name__}, expected torch.nn.Linear or transformers' Conv1D")
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which modules are to be quantized, by their full dotted name.
-
-    skip: names whose dotted parts are a run of the module's: "lm_head", "layers.0", "self_attn.q_proj" each name a
-    module, all of its kind, or a whole branch. include, exclude: regular expressions, searched in the full name; with
-    `include`, only what one of them finds is taken.
-    """
-
-    skip: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, skip: Any = (), include: Any = (), exclude: Any = ()) -> Selection:
-        """A selection from strings or sequences of strings (or None). Raises `ArgumentError` for anything else."""
-        included, excluded = _strings("include", include), _strings("exclude", exclude)
-        return cls(_strings("skip", skip), _patterns("include", included), _patterns("exclude", excluded))
-
-    def reason_to_skip(self, name: str) -> str | None:
-        """Why the module of that name is left alone, or None when it is taken."""
-        for entry in self.skip:
-            if f".{entry}." in f".{name}.":
-                return f"skip names {entry!r}"
-        if self.include and not any(re.search(pattern, name) for pattern in self.include):
-            return "include does not match it"
-        for pattern in self.exclude:
-            if re.search(pattern, name):
-                return f"exclude matches it ({pattern!r})"
-        return None
-
-
-def _strings(argument: str, value: Any) -> tuple[str, ...]:
-    values = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(entry, str) for entry in values):
-        raise ArgumentError(f"{argument}={value!r} is not supported; use a string or a sequence of strings")
-    return values
-
-
-def _patterns(argument: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ArgumentError(f"{argument}={pattern!r} is not a regular expression: {error}") from None
-    return patterns
-
-
 def _own_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Linear.forward or "forward" in vars(module)
 
@@ -367,6 +325,19 @@ def linear_modules(model: nn.Module, selection: Selection) -> tuple[dict[str, nn
     return chosen, skipped + list(unreached_parameters(model))
 
 
+def _call_linears_of_encoders(model: nn.Module) -> None:
+    """In eval mode `nn.TransformerEncoderLayer` hands `.weight` of its linear layers to a fused dense kernel of torch
+    instead of calling them. Take that way from those with quantized layers; results are the same but for rounding."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            if isinstance(module.linear1, QuantizedLinear) or isinstance(module.linear2, QuantizedLinear):
+                module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, QuantizedLinear) for m in module.modules()
+        ):
+            module.use_nested_tensor = False
+
+
 def replace_linear(
     model: nn.Module,
     config: BCQConfig | CodebookConfig,
@@ -374,12 +345,14 @@ def replace_linear(
     *,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    fuse: bool = False,
 ) -> CoverageReport:
     """Quantize the linear layers of any model in place; returns what was quantized and what was not, with reasons.
 
     skip, include, exclude: see `Selection`. Left alone and named in the report: layers whose weight is shared (tied
     embeddings), that have hooks, a parametrization or a forward of their own, and parameters that no linear module
     holds (fused experts). Everything is quantized before anything is swapped: on an error the model is unchanged.
+    fuse: `lutgemm.fuse` the model afterwards.
 
     Raises `ArgumentError` naming the layer when its weight holds NaN or Inf or is on the meta device.
     """
@@ -410,6 +383,9 @@ def replace_linear(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
 
+    _call_linears_of_encoders(model)
+    if fuse:
+        fusion.fuse(model)
     if made and hasattr(model, "save_pretrained") and "transformers" in sys.modules:
         from .integrations.transformers import mark_quantized
 

@@ -70,13 +70,8 @@ def bcq_linear(
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     record = (t["codes"], t["scales"], t.get("offsets"), t.get("zeros"), t.get("ratios"))
     group_size, scale_kind = weight.group_size, weight.layout.scale_kind
-    if _direct(x, weight, bias):
-        key = (flat.shape[0], x.dtype, backend, algorithm, accuracy)
-        choice = weight.choices.get(key)
-        if choice is None:
-            choice = _bcq_choice(flat, t["codes"], group_size, scale_kind, backend, algorithm, accuracy)
-            _remember(weight, key, choice)
-        kernel, name, level = choice
+    if direct(x, weight, bias):
+        kernel, name, level = bcq_choice(flat, weight, backend, algorithm, accuracy)
         y = kernel(flat, *record, bias, group_size, scale_kind, name, level)
     else:
         y = torch.ops.lutgemm.bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
@@ -103,13 +98,8 @@ def codebook_linear(
     t, shape = weight.tensors, x.shape
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     record = (t["codes"], t["codebooks"], t["scales"])
-    if _direct(x, weight, bias):
-        key = (flat.shape[0], x.dtype, backend, algorithm, accuracy)
-        choice = weight.choices.get(key)
-        if choice is None:
-            choice = _codebook_choice(flat, *record[:2], weight.group_size, backend, algorithm, accuracy)
-            _remember(weight, key, choice)
-        kernel, name, level = choice
+    if direct(x, weight, bias):
+        kernel, name, level = codebook_choice(flat, weight, backend, algorithm, accuracy)
         y = kernel(flat, *record, bias, weight.group_size, name, level)
     else:
         y = torch.ops.lutgemm.codebook_linear(flat, *record, bias, weight.group_size, backend, algorithm, accuracy)
@@ -140,7 +130,7 @@ def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> None:
         )
 
 
-def _direct(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> bool:
+def direct(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing for this call but run `_bcq_run` or `_codebook_run`.
 
     Those calls go past it: the dispatcher's way through Python took 14 us of the 20 us of a call of a small layer.
@@ -158,10 +148,33 @@ Choice = tuple[Kernel, str, int]
 """The function of a backend that runs a call, and its last arguments: the algorithm and the accuracy."""
 
 
-def _remember(weight: QuantizedWeight, key: tuple[Any, ...], choice: Choice) -> None:
+def _keep_choice(weight: QuantizedWeight, key: tuple[Any, ...], choice: Choice) -> Choice:
     """Keep a choice with the weight where time counts; `select` keeps the others."""
     if key[0] <= FEW_TOKENS:
         weight.choices[key] = choice
+    return choice
+
+
+def bcq_choice(
+    x: Tensor, weight: BCQWeight, backend: str = AUTO, algorithm: str = AUTO, accuracy: str = AUTO
+) -> Choice:
+    """Who computes `bcq_linear` of x `[M, K]`; kept with the weight where M is small."""
+    key = (x.shape[0], x.dtype, backend, algorithm, accuracy)
+    choice: Choice | None = weight.choices.get(key)
+    if choice is None:
+        head = (x, weight.codes, weight.group_size, weight.scale_kind)
+        choice = _keep_choice(weight, key, _bcq_choice(*head, backend, algorithm, accuracy))
+    return choice
+
+
+def codebook_choice(x: Tensor, weight: CodebookWeight, backend: str, algorithm: str, accuracy: str) -> Choice:
+    """Who computes `codebook_linear` of x `[M, K]`; kept with the weight where M is small."""
+    key = (x.shape[0], x.dtype, backend, algorithm, accuracy)
+    choice: Choice | None = weight.choices.get(key)
+    if choice is None:
+        head = (x, weight.codes, weight.codebooks, weight.group_size)
+        choice = _keep_choice(weight, key, _codebook_choice(*head, backend, algorithm, accuracy))
+    return choice
 
 
 def _bcq_choice(

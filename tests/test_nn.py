@@ -360,6 +360,30 @@ def test_a_transformer_encoder_computes_what_its_weights_say():
         torch.testing.assert_close(model(x), dense(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_in_eval_mode_calls_its_quantized_layers(masked):
+    """torch's fused kernel for it would read their dense weights."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 96, batch_first=True), 2).eval()
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
+    x, calls = torch.randn(2, 5, 64), []
+    report = replace_linear(model, FREE)
+    for name in (entry.name for entry in report.layers):
+        layer = model.get_submodule(name)
+        layer.op = lambda *args, own=layer.op, **choice: calls.append(1) or own(*args, **choice)
+    with torch.no_grad():
+        y = model(x, src_key_padding_mask=mask)
+        assert len(calls) == len(report.layers) == 4
+        expected = copy.deepcopy(model).train()
+        for module in expected.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, nn.MultiheadAttention):
+                module.dropout = 0.0
+        z = expected(x, src_key_padding_mask=mask)
+    real = slice(None) if mask is None else ~mask
+    torch.testing.assert_close(y[real], z[real], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("entry", "names"),
     [
@@ -401,3 +425,25 @@ def test_replacing_twice_takes_the_rest():
     assert [entry.name for entry in report.layers] == ["b"]
     assert isinstance(model["a"], BCQLinear)
     assert isinstance(model["b"], CodebookLinear)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_part_of_a_layer_can_be_loaded_into_an_empty_one(config):
+    """What is given is checked, the memory that waits for the rest is not."""
+    full = quantized(config)
+    state = full.state_dict()
+    empty = QuantizedLinear.empty(full.layout, bias=True)
+    for name, tensor in empty.state_dict().items():
+        if name != "header":
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 255 if tensor.dtype == torch.uint8 else -1)
+    first = {name: state[name] for name in ("header", "codes")}
+    with pytest.raises(FormatError, match="NaN or Inf"):
+        empty.load_state_dict({"scales": state["scales"] * float("nan")}, strict=False)
+    bad = state["codes"].clone().fill_(-1 if config is not CODEBOOK else 64)
+    with pytest.raises(FormatError, match="codes"):
+        empty.load_state_dict({"codes": bad}, strict=False)
+    missing = empty.load_state_dict(first, strict=False).missing_keys
+    assert set(missing) == state.keys() - first.keys()
+    empty.load_state_dict({name: state[name] for name in missing}, strict=False)
+    x = torch.randn(2, 70)
+    assert torch.equal(empty(x), full(x))

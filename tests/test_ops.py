@@ -297,6 +297,24 @@ def test_gradients_keep_half_precision_dtypes(op, dtype):
     assert_within(inputs.x.grad, x.grad, bound, "gradient of x")
 
 
+@pytest.mark.parametrize("case", TRAINED[:2] + TRAINED[4:9], ids=lambda case: case.name)
+def test_gradients_do_not_depend_on_autocast_or_the_default_dtype(case):
+    grads = []
+    for default, autocast in ((torch.float32, False), (torch.float64, False), (torch.float32, True)):
+        inputs = replace(case, scale_dtype="float32").inputs()
+        trained = [inputs.x, *(t for t in inputs.weight.tensors.values() if t.is_floating_point())]
+        trained = [t.requires_grad_() for t in trained if t is not inputs.weight.tensors.get("ratios")]
+        torch.set_default_dtype(default)
+        try:
+            y = linear(inputs.x, inputs.weight, accuracy="exact")
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                grads.append(torch.autograd.grad(y, trained, torch.ones_like(y)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
 def test_only_what_asks_for_a_gradient_gets_one():
     inputs = OpCase(bias=True).inputs()
     inputs.weight.scales.requires_grad_()

@@ -110,6 +110,7 @@ def test_training_prepares_once_per_step(weight, preparations):
 
 
 def test_layouts_go_with_the_tensors(weight):
+    gc.collect()
     linear(X, weight)
     (layout,) = prepared.kept(weight.codes).values()
     gone, codes, entries = weakref.ref(layout), weight.codes, len(prepared._entries)
@@ -124,6 +125,7 @@ def test_layouts_go_with_the_tensors(weight):
 
 
 def test_a_layout_is_kept_no_longer_than_its_layer():
+    gc.collect()
     layer = QuantizedLinear.from_weight(OpCase().weight())
     layer(X)
     gone, entries = weakref.ref(next(iter(prepared.kept(layer.codes).values()))), len(prepared._entries)

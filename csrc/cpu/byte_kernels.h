@@ -58,32 +58,61 @@ struct WordTask {
   float* y;
 };
 
-// Sums of |x| over slices of `width`: of the largest slice, and of all. NaN where any x is not finite.
-struct SliceSums {
-  float largest, total;
-};
-SliceSums slice_sums(const float* x, int64_t slices, int64_t width);
-
 // range / bound, and its reciprocal in `step`. Bounds so small that this overflows count as zero.
 float inverse_step(float range, float bound, float* step);
 
 namespace vbmi {
+// x [slices * 8, and zeros up to a multiple of 16] of a span.
+struct SpanSums {
+  float sum;      // of x
+  float total;    // of |x|
+  float largest;  // of |x| over a slice; NaN where any x is not finite
+};
+SpanSums span_sums(const float* x, int64_t slices);
+
 // x [slices * 8] -> tables [slices][byte_table_bytes] and their step.
-void build_byte_tables(Accuracy accuracy, const float* x, int64_t slices, uint8_t* tables, float* step);
+void build_byte_tables(Accuracy accuracy, const float* x, int64_t slices, const SpanSums& sums, uint8_t* tables,
+                       float* step);
 void add_byte_span(Accuracy accuracy, const ByteTask& task);
+
 // x [kWordTableFeatures] -> tables [word_look_ups(slices)][kWordEntries] and their step.
-void build_word_tables(const float* x, int64_t slices, int16_t* tables, float* step);
+void build_word_tables(const float* x, int64_t slices, const SpanSums& sums, int16_t* tables, float* step);
 void add_word_span(const WordTask& task);
 }  // namespace vbmi
 
-// The tables of some tokens, all of K: filled span by span, read by all threads.
-struct ByteTokens {
-  int64_t first, count;        // tokens first .. first + count - 1
-  Scratch<uint8_t> tables;     // [span][token]{ byte tables [16][byte_table_bytes], or word tables }
-  int64_t table_stride;        // bytes from token to token
-  Scratch<float> steps, sums;  // [span][token]
+// Working memory of a thread, kept from call to call: fresh pages would be cleared by the system each time, which for
+// the 128 KiB of tables of one token takes longer than building them. What is above kMostKept is not kept.
+class ThreadScratch {
+ public:
+  static constexpr int64_t kMostKept = int64_t(8) << 20;
 
-  const uint8_t* tables_of(int64_t span) const { return tables.get() + span * count * table_stride; }
+  // 64-byte aligned, uninitialised, until the next call; `large` holds it when it is not kept.
+  uint8_t* get(int64_t bytes, Scratch<uint8_t>& large) {
+    if (bytes > kMostKept) {
+      large = make_scratch<uint8_t>(bytes);
+      return large.get();
+    }
+    if (bytes > size_) {
+      data_ = make_scratch<uint8_t>(bytes);
+      size_ = bytes;
+    }
+    return data_.get();
+  }
+
+ private:
+  Scratch<uint8_t> data_;
+  int64_t size_ = 0;
+};
+
+// The tables of some tokens, all of K, in the calling thread's memory: filled span by span, read by all threads.
+struct ByteTokens {
+  int64_t first, count;  // tokens first .. first + count - 1
+  int64_t table_stride;  // bytes from token to token
+  uint8_t* tables;       // [span][token]{ byte tables [16][byte_table_bytes], or word tables }
+  float *steps, *sums;   // [span][token]
+  Scratch<uint8_t> large;
+
+  const uint8_t* tables_of(int64_t span) const { return tables + span * count * table_stride; }
 };
 
 constexpr int64_t kByteTokens = 4;   // tokens that lut_gemm takes past a span's codes while they are in L1

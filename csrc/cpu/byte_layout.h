@@ -7,7 +7,7 @@
 // up to 16 slices of one group: the stretch of K whose table entries share a step, and whose look-ups a 16-bit sum
 // holds. In memory, strictly in the order in which kernels read,
 //
-//   [chunk of 8 row blocks][span][row block of 64]{ scales, if the span is the first of its group; codes }
+//   [chunk of up to 8 row blocks][span][row block of 64]{ scales, if the span is the first of its group; codes }
 //
 //   scales   [bits][64], offsets [64] if any, of scale_dtype; or, uniform: s [64] of scale_dtype, zeros [64]
 //   codes    [slice][bits][64 bytes]
@@ -32,8 +32,8 @@
 
 namespace lutgemm {
 
-constexpr int64_t kByteRows = 64;    // rows of a block: the bytes of a vector
-constexpr int64_t kChunkBlocks = 8;  // row blocks of a chunk, the unit of work of a thread
+constexpr int64_t kByteRows = 64;        // rows of a block: the bytes of a vector
+constexpr int64_t kMostChunkBlocks = 8;  // row blocks of a chunk, the unit of work of a thread; fewer in small matrices
 constexpr int64_t kSpanSlices = 16;
 
 // The row of a block whose codes byte `position` holds. Two rounds of interleaving within 128-bit lanes (bytes to
@@ -49,6 +49,7 @@ struct PackedBytes {
   bool uniform, has_offsets;
   DType scale_dtype, zeros_dtype;
   int64_t row_blocks, chunks;
+  int64_t chunk_blocks;  // of a full chunk
   int64_t slices;        // ceil(K / 8)
   int64_t group_slices;  // of a full group
   int64_t group_spans;   // of a full group
@@ -57,9 +58,9 @@ struct PackedBytes {
   int64_t block_bytes;   // of one row block, all spans
   const uint8_t* data;
 
-  int64_t chunk_blocks(int64_t chunk) const {
-    const int64_t left = row_blocks - chunk * kChunkBlocks;
-    return left < kChunkBlocks ? left : kChunkBlocks;
+  int64_t blocks_in(int64_t chunk) const {
+    const int64_t left = row_blocks - chunk * chunk_blocks;
+    return left < chunk_blocks ? left : chunk_blocks;
   }
 };
 
@@ -93,11 +94,11 @@ struct Piece {
 };
 
 inline Piece piece_at(const PackedBytes& p, const Span& s, int64_t chunk, int64_t block) {
-  const int64_t blocks = p.chunk_blocks(chunk);
-  const uint8_t* start = p.data + chunk * kChunkBlocks * p.block_bytes + blocks * s.offset + block * s.bytes;
+  const int64_t blocks = p.blocks_in(chunk);
+  const uint8_t* start = p.data + chunk * p.chunk_blocks * p.block_bytes + blocks * s.offset + block * s.bytes;
   if (s.starts_group) return {start, start + p.scale_bytes};
   const int64_t first_bytes = p.scale_bytes + kSpanSlices * p.bits * kByteRows;  // of the group's first span
-  const uint8_t* first = p.data + chunk * kChunkBlocks * p.block_bytes + blocks * (s.offset - s.from_scales);
+  const uint8_t* first = p.data + chunk * p.chunk_blocks * p.block_bytes + blocks * (s.offset - s.from_scales);
   return {first + block * first_bytes, start};
 }
 

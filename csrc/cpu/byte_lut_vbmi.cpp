@@ -240,12 +240,28 @@ constexpr PickBytes kPick;
 
 }  // namespace
 
-void build_byte_tables(Accuracy accuracy, const float* x, int64_t slices, uint8_t* tables, float* step) {
+SpanSums span_sums(const float* x, int64_t slices) {
+  const __m512 sign = _mm512_set1_ps(-0.0f);
+  __m512 sum = _mm512_setzero_ps(), total = sum, largest = sum;
+  for (int64_t i = 0; i < slices * 8; i += kLanes) {
+    const __m512 v = _mm512_loadu_ps(x + i), size = _mm512_andnot_ps(sign, v);
+    sum = _mm512_add_ps(sum, v);
+    total = _mm512_add_ps(total, size);
+    __m512 slice = _mm512_add_ps(size, _mm512_shuffle_f32x4(size, size, 0xB1));
+    slice = _mm512_add_ps(slice, _mm512_permute_ps(slice, 0x4E));
+    slice = _mm512_add_ps(slice, _mm512_permute_ps(slice, 0xB1));
+    largest = _mm512_max_ps(largest, slice);
+  }
+  const float all = _mm512_reduce_add_ps(total);
+  return {_mm512_reduce_add_ps(sum), all, _mm512_reduce_max_ps(largest) + all * 0.0f};
+}
+
+void build_byte_tables(Accuracy accuracy, const float* x, int64_t slices, const SpanSums& sums, uint8_t* tables,
+                       float* step) {
   // What fits: one entry in its bits, or the sum of all, each rounded, in 16.
   const bool sum_fits = accuracy == Accuracy::kAccurate;
   const int half = accuracy == Accuracy::kFast ? 128 : 32768;
   const float range = sum_fits ? 32767.0f - float(slices) : float(half) - 0.0625f;
-  const SliceSums sums = slice_sums(x, slices, 8);
   const float inverse = inverse_step(range, sum_fits ? sums.total : sums.largest, step);
 
   // Entry h * 16 + l = +-x0 +-x1 +-x2 +-x3 by the bits of l, +-x4 +-x5 +-x6 by those of h, + x7.
@@ -257,12 +273,13 @@ void build_byte_tables(Accuracy accuracy, const float* x, int64_t slices, uint8_
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) term[i] = _mm512_xor_ps(_mm512_set1_ps(x[i] * inverse), sign[i]);
     const __m512 low = _mm512_add_ps(_mm512_add_ps(term[0], term[1]), _mm512_add_ps(term[2], term[3]));
-    const float x4 = x[4] * inverse, x5 = x[5] * inverse, x6 = x[6] * inverse, x7 = x[7] * inverse;
+    __m512 high = _mm512_set1_ps(x[7] * inverse);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) high = _mm512_add_ps(high, _mm512_xor_ps(_mm512_set1_ps(x[4 + i] * inverse), sign[i]));
     __m512i entry[8];
 #pragma GCC unroll 8
     for (int h = 0; h < 8; ++h) {
-      const float high = ((h & 1 ? x4 : -x4) + (h & 2 ? x5 : -x5)) + ((h & 4 ? x6 : -x6) + x7);
-      const __m512 sum = _mm512_add_ps(low, _mm512_set1_ps(high));
+      const __m512 sum = _mm512_add_ps(low, _mm512_permutexvar_ps(_mm512_set1_epi32(h), high));
       entry[h] = _mm512_add_epi32(_mm512_cvt_roundps_epi32(sum, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), bias);
     }
 #pragma GCC unroll 2

@@ -1,4 +1,5 @@
 // The prepared layout of byte_layout.h: sizes, header, packing.
+#include <algorithm>
 #include <cstring>
 
 #include "bcq.h"
@@ -75,7 +76,10 @@ PackedBytes byte_layout(int64_t N, int64_t K, int64_t group_size, int bits, bool
   p.zeros_dtype = zeros_dtype;
   p.G = ceil_div(K, group_size);
   p.row_blocks = ceil_div(N, kByteRows);
-  p.chunks = ceil_div(p.row_blocks, kChunkBlocks);
+  // At least four chunks, so that threads have something to share; an even number of blocks, which kernels take in
+  // twos.
+  p.chunk_blocks = std::min(kMostChunkBlocks, 2 * ceil_div(p.row_blocks, 8));
+  p.chunks = ceil_div(p.row_blocks, p.chunk_blocks);
   p.slices = ceil_div(K, 8);
   p.group_slices = p.G == 1 ? p.slices : group_size / 8;
   p.group_spans = ceil_div(p.group_slices, kSpanSlices);
@@ -109,11 +113,11 @@ void write_byte_header(const PackedBytes& p, uint8_t* packed) {
 
 void pack_byte_chunks(const BcqWeight& weight, const PackedBytes& p, int64_t begin, int64_t end, uint8_t* packed) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    uint8_t* out = packed + kPackedHeaderBytes + chunk * kChunkBlocks * p.block_bytes;
+    uint8_t* out = packed + kPackedHeaderBytes + chunk * p.chunk_blocks * p.block_bytes;
     for (int64_t s = 0; s < p.spans; ++s) {
       const Span span = span_at(p, s);
-      for (int64_t block = 0; block < p.chunk_blocks(chunk); ++block) {
-        const int64_t row = (chunk * kChunkBlocks + block) * kByteRows;
+      for (int64_t block = 0; block < p.blocks_in(chunk); ++block) {
+        const int64_t row = (chunk * p.chunk_blocks + block) * kByteRows;
         if (span.starts_group) out = pack_scales(weight, p, row, span.group, out);
         pack_codes(weight, row, span.slice, span.slices, out);
         out += span.slices * p.bits * kByteRows;

@@ -1,6 +1,5 @@
 // lut_gemm and biqgemm over byte_layout.h: tables for some tokens, then the chunks of rows past them, span by span.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -22,32 +21,6 @@ constexpr int64_t kPrefetchBytes = 12 << 10;
 
 }  // namespace
 
-SliceSums slice_sums(const float* x, int64_t slices, int64_t width) {
-  // Eight slices side by side: independent additions that the compiler turns into vectors.
-  constexpr int64_t kLanes = 8;
-  float largest[kLanes] = {}, total[kLanes] = {};
-  for (int64_t first = 0; first < slices; first += kLanes) {
-    float sum[kLanes] = {};
-    for (int64_t lane = 0; lane < std::min(kLanes, slices - first); ++lane) {
-      const float* slice = x + (first + lane) * width;
-      float part[2] = {};
-      for (int64_t i = 0; i < width; ++i) part[i % 2] += std::fabs(slice[i]);
-      sum[lane] = part[0] + part[1];
-    }
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      largest[lane] = std::max(largest[lane], sum[lane]);
-      total[lane] += sum[lane];
-    }
-  }
-  SliceSums s{0, 0};
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    s.largest = std::max(s.largest, largest[lane]);
-    s.total += total[lane];
-  }
-  s.largest += s.total * 0.0f;
-  return s;
-}
-
 float inverse_step(float range, float bound, float* step) {
   const bool usable = bound > std::numeric_limits<float>::min() * 65536.0f && bound < std::numeric_limits<float>::max();
   *step = usable ? bound / range : bound * 0.0f;
@@ -59,9 +32,11 @@ ByteTokens make_byte_tokens(const PackedBytes& weight, Accuracy accuracy, bool w
   t.first = first;
   t.count = count;
   t.table_stride = words ? kWordTableBytes : kSpanSlices * byte_table_bytes(accuracy);
-  t.tables = make_scratch<uint8_t>(weight.spans * count * t.table_stride);
-  t.steps = make_scratch<float>(weight.spans * count);
-  t.sums = make_scratch<float>(weight.spans * count);
+  const int64_t all = weight.spans * count, table_bytes = all * t.table_stride;
+  thread_local ThreadScratch kept;
+  t.tables = kept.get(table_bytes + 2 * all * int64_t(sizeof(float)), t.large);
+  t.steps = reinterpret_cast<float*>(t.tables + table_bytes);
+  t.sums = t.steps + all;
   return t;
 }
 
@@ -79,12 +54,13 @@ void prepare_spans([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] 
           static_cast<const uint8_t*>(io.x) + ((tokens.first + m) * weight.K + first) * dtype_bytes(io.dtype);
       load_floats(Isa::kAvx512, io.dtype, source, count, x);
       std::memset(x + count, 0, sizeof x - size_t(count) * sizeof(float));
-      tokens.sums[size_t(at)] = group_sum(x, (span.slices + 3) / 4);
-      uint8_t* tables = tokens.tables.get() + at * tokens.table_stride;
+      const vbmi::SpanSums sums = vbmi::span_sums(x, span.slices);
+      tokens.sums[at] = sums.sum;
+      uint8_t* tables = tokens.tables + at * tokens.table_stride;
       if (words) {
-        vbmi::build_word_tables(x, span.slices, reinterpret_cast<int16_t*>(tables), &tokens.steps[size_t(at)]);
+        vbmi::build_word_tables(x, span.slices, sums, reinterpret_cast<int16_t*>(tables), &tokens.steps[at]);
       } else {
-        vbmi::build_byte_tables(accuracy, x, span.slices, tables, &tokens.steps[size_t(at)]);
+        vbmi::build_byte_tables(accuracy, x, span.slices, sums, tables, &tokens.steps[at]);
       }
     }
   }
@@ -95,9 +71,9 @@ void lut_gemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]
                      [[maybe_unused]] const Io& io, [[maybe_unused]] const ByteTokens& tokens,
                      [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
 #if LUTGEMM_X86
-  alignas(64) float y[kByteTokens][kChunkBlocks * kByteRows];
+  alignas(64) float y[kByteTokens][kMostChunkBlocks * kByteRows];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t blocks = weight.chunk_blocks(chunk);
+    const int64_t blocks = weight.blocks_in(chunk);
     std::memset(y, 0, sizeof y[0] * size_t(tokens.count));
     for (int64_t s = 0; s < weight.spans; ++s) {
       const Span span = span_at(weight, s);
@@ -109,9 +85,9 @@ void lut_gemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]
         for (int i = 0; i < task.blocks; ++i) task.pieces[i] = piece_at(weight, span, chunk, block + i);
         for (int64_t m = 0; m < tokens.count; ++m) {
           const int64_t at = s * tokens.count + m;
-          task.tables = tokens.tables.get() + at * tokens.table_stride;
-          task.step = tokens.steps[size_t(at)];
-          task.sum = tokens.sums[size_t(at)];
+          task.tables = tokens.tables + at * tokens.table_stride;
+          task.step = tokens.steps[at];
+          task.sum = tokens.sums[at];
           task.y = y[m] + block * kByteRows;
           vbmi::add_byte_span(accuracy, task);
         }
@@ -119,7 +95,7 @@ void lut_gemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]
     }
     for (int64_t m = 0; m < tokens.count; ++m) {
       for (int64_t block = 0; block < blocks; ++block) {
-        write_row_block(weight.N, Isa::kAvx512, io, tokens.first + m, chunk * kChunkBlocks + block,
+        write_row_block(weight.N, Isa::kAvx512, io, tokens.first + m, chunk * weight.chunk_blocks + block,
                         y[m] + block * kByteRows);
       }
     }
@@ -132,16 +108,19 @@ void biqgemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]]
                     [[maybe_unused]] int64_t end) {
 #if LUTGEMM_X86
   const int64_t most = std::min(end - begin, kChunksAtOnce), block_floats = tokens.count * kByteRows;
-  const Scratch<float> y = make_scratch<float>(most * kChunkBlocks * block_floats);
+  thread_local ThreadScratch kept;
+  Scratch<uint8_t> large;
+  auto* y =
+      reinterpret_cast<float*>(kept.get(most * weight.chunk_blocks * block_floats * int64_t(sizeof(float)), large));
   for (int64_t first = begin; first < end; first += kChunksAtOnce) {
     const int64_t stop = std::min(end, first + kChunksAtOnce);
-    std::memset(y.get(), 0, size_t((stop - first) * kChunkBlocks * block_floats) * sizeof(float));
-    const int64_t blocks = std::min(stop * kChunkBlocks, weight.row_blocks) - first * kChunkBlocks;
+    std::memset(y, 0, size_t((stop - first) * weight.chunk_blocks * block_floats) * sizeof(float));
+    const int64_t blocks = std::min(stop * weight.chunk_blocks, weight.row_blocks) - first * weight.chunk_blocks;
     for (int64_t s = 0; s < weight.spans; ++s) {
       const Span span = span_at(weight, s), next = span_at(weight, std::min(s + 1, weight.spans - 1));
       const int64_t at = s * tokens.count;
       const auto piece_of = [&](const Span& in, int64_t block) {
-        return piece_at(weight, in, first + block / kChunkBlocks, block % kChunkBlocks);
+        return piece_at(weight, in, first + block / weight.chunk_blocks, block % weight.chunk_blocks);
       };
       const int64_t distance = std::min(blocks, std::max<int64_t>(1, kPrefetchBytes / span.bytes));
       for (int64_t block = 0; block < blocks; ++block) {
@@ -149,14 +128,14 @@ void biqgemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]]
         const Piece ahead = soon < blocks ? piece_of(span, soon) : piece_of(next, soon - blocks);
         const uint8_t* ahead_start = span.starts_group ? ahead.scales : ahead.codes;
         vbmi::add_word_span({&weight, piece_of(span, block), ahead_start, span.bytes, span.slices, tokens.count,
-                             reinterpret_cast<const int16_t*>(tokens.tables_of(s)), tokens.steps.get() + at,
-                             tokens.sums.get() + at, y.get() + block * block_floats});
+                             reinterpret_cast<const int16_t*>(tokens.tables_of(s)), tokens.steps + at, tokens.sums + at,
+                             y + block * block_floats});
       }
     }
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t m = 0; m < tokens.count; ++m) {
-        write_row_block(weight.N, Isa::kAvx512, io, tokens.first + m, first * kChunkBlocks + block,
-                        y.get() + block * block_floats + m * kByteRows);
+        write_row_block(weight.N, Isa::kAvx512, io, tokens.first + m, first * weight.chunk_blocks + block,
+                        y + block * block_floats + m * kByteRows);
       }
     }
   }

@@ -144,9 +144,9 @@ void add_tokens(const WordTask& task, const Block& block, int64_t m0, Prefetch& 
 
 }  // namespace
 
-void build_word_tables(const float* x, int64_t slices, int16_t* tables, float* step) {
+void build_word_tables(const float* x, int64_t slices, const SpanSums& sums, int16_t* tables, float* step) {
   const int64_t look_ups = word_look_ups(slices);
-  const float inverse = inverse_step(32767.0f - float(look_ups), slice_sums(x, look_ups, 6).total, step);
+  const float inverse = inverse_step(32767.0f - float(look_ups), sums.total, step);
 
   // Entry h * 16 + l = +-x0 +-x1 +-x2 +-x3 by the bits of l, +-x4 +-x5 by those of h.
   const __m512 sign[4] = {sign_of_bit(0), sign_of_bit(1), sign_of_bit(2), sign_of_bit(3)};
@@ -155,10 +155,11 @@ void build_word_tables(const float* x, int64_t slices, int16_t* tables, float* s
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) term[i] = _mm512_xor_ps(_mm512_set1_ps(x[i] * inverse), sign[i]);
     const __m512 low = _mm512_add_ps(_mm512_add_ps(term[0], term[1]), _mm512_add_ps(term[2], term[3]));
-    const float x4 = x[4] * inverse, x5 = x[5] * inverse;
+    const __m512 high = _mm512_add_ps(_mm512_xor_ps(_mm512_set1_ps(x[4] * inverse), sign[0]),
+                                      _mm512_xor_ps(_mm512_set1_ps(x[5] * inverse), sign[1]));
 #pragma GCC unroll 4
     for (int h = 0; h < 4; ++h) {
-      const __m512 sum = _mm512_add_ps(low, _mm512_set1_ps((h & 1 ? x4 : -x4) + (h & 2 ? x5 : -x5)));
+      const __m512 sum = _mm512_add_ps(low, _mm512_permutexvar_ps(_mm512_set1_epi32(h), high));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(tables + h * kLanes),
                           _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(sum)));
     }

@@ -7,10 +7,10 @@ every call to another one, `use_isa` the calls of a block.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import _native
 from ..accuracy import EXACT
 from ..errors import ArgumentError
+from ..formats import BCQWeight
 from . import Backend, Problem, Reason, prepared
 from .heuristics import choose_on_cpu
 
@@ -36,7 +37,7 @@ CODEBOOK_KIND = "blocks"
 _forced_isa: ContextVar[int | None] = ContextVar("lutgemm_cpu_isa", default=None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _op(name: str) -> Callable[..., Tensor]:
     """A C++ operator: the overload itself, which is called 0.8 us sooner than through `torch.ops.lutgemm.<name>`."""
     return getattr(torch.ops.lutgemm, name).default
@@ -149,6 +150,38 @@ def _bcq_packed(tensors: BcqTensors, in_features: int, group_size: int, scale_ki
         packed = _op("_bcq_pack_cpu")(*_bcq_tensors(*tensors, *parameters), kind == "bytes")
         prepared.keep(tensors, parameters, state, kind, packed)
     return packed
+
+
+def _stacked_rows(tensors: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given, dim) if given else None
+
+
+def bcq_linear_stacked(
+    x: Tensor, weights: Sequence[BCQWeight], biases: Sequence[Tensor | None], algorithm: str, accuracy: int
+) -> Tensor:
+    """x `[M, K]` times all rows of several weights of one K and layout, without ratios: `[M, sum of N]`.
+
+    biases: one of each weight, or None of all. A row's result is what it is in a call of its own.
+    """
+    isa, first = _isa(), weights[0]
+    kind, uniform = _packed_kind(isa, accuracy), first.scale_kind == "uniform"
+    tensors = (*(t for w in weights for t in (w.codes, w.scales, w.offsets, w.zeros)), *biases)
+    parameters = ("stacked", len(weights), first.shape[1], first.group_size, uniform)
+    packed = prepared.find(tensors, parameters, kind)
+    if packed is None:
+        state = prepared.state_of(tensors)
+        codes, scales = torch.cat([w.codes for w in weights], 1), torch.cat([w.scales for w in weights], 1)
+        offsets = _stacked_rows([w.offsets for w in weights], 0)
+        zeros = _stacked_rows([w.zeros for w in weights], 0)
+        record = (codes, scales, offsets, zeros, first.shape[1], first.group_size, uniform)
+        packed = _op("_bcq_pack_cpu")(*record, kind == "bytes")
+        prepared.keep(tensors, parameters, state, kind, packed)
+    bias = None if biases[0] is None else prepared.find(tensors, parameters, "bias")
+    if bias is None and (bias := _stacked_rows(biases, 0)) is not None:
+        prepared.keep(tensors, parameters, prepared.state_of(tensors), "bias", bias)
+    out_features = sum(weight.shape[0] for weight in weights)
+    return _op("_bcq_linear_cpu")(x.contiguous(), packed, bias, out_features, algorithm == "biqgemm", isa, accuracy)
 
 
 def _codebook_packed(tensors: tuple[Tensor, Tensor, Tensor], in_features: int, group_size: int) -> Tensor:

@@ -76,6 +76,6 @@ def choose_on_cpu(problem: Problem, integer_tables: bool = False) -> str:
         if row.op != problem.op or row.integer_tables != integer_tables:
             continue
         tokens = row.max_tokens_bf16 if problem.dtype == torch.bfloat16 else row.max_tokens
-        if cost <= row.max_cost and problem.M <= tokens:
+        if cost <= row.max_cost and tokens >= problem.M:
             return row.algorithm
     return "dequantize"

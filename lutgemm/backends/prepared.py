@@ -42,7 +42,8 @@ class _Entry:
 
 
 _entries: dict[tuple[int, Parameters], _Entry] = {}
-"""By the id of the first tensor, and the parameters. An id in a state is never that of a later tensor: the entry goes with the first of its tensors to go."""
+"""By the id of the first tensor, and the parameters. An id in a state is never that of a later tensor: the entry goes
+with the first of its tensors to go."""
 
 
 def find(tensors: Tensors, parameters: Parameters, kind: str) -> Tensor | None:

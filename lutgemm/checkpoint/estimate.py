@@ -18,8 +18,9 @@ from .report import layout_text, left_alone_entry
 SAMPLE_WEIGHTS = 1 << 18
 """Weights that are quantized to measure the speed of a configuration."""
 
-WORKING_BYTES = 192 << 20
-"""What quantizer slabs and buffers take beside the layer itself; see docs/checkpoints.md for the measurement."""
+WORKING_BYTES = 96 << 20
+"""What quantizer slabs, buffers and the pages of torch's code take beside the record of the layer, at most; see
+docs/checkpoints.md for the measurement."""
 
 
 def _sample_seconds(source: CheckpointFolder, layer: LayerPlan, device: str) -> float:
@@ -32,6 +33,13 @@ def _sample_seconds(source: CheckpointFolder, layer: LayerPlan, device: str) -> 
     start = time.perf_counter()
     quantize(weight.to(device), layer.config)
     return (time.perf_counter() - start) / weight.numel()
+
+
+def _layer_bytes(source: CheckpointFolder, layer: LayerPlan, device: str) -> int:
+    """What grows with a layer: its record, and its weight where `read_weight` reads the whole of it."""
+    record = largest_layout(layer.config, layer.out_features, layer.in_features).nbytes
+    whole = layer.transposed or device != "cpu"
+    return record + (source.entry(layer.tensor).nbytes if whole else 0)
 
 
 def _resident_bytes() -> int:
@@ -48,7 +56,7 @@ def dry_run(src: str | Path, options: Options) -> dict[str, Any]:
     check_device(options.device)
     source = open_source(src)
     plan = make_plan(source, options)
-    memory = _resident_bytes() + WORKING_BYTES + 2 * max(source.entry(layer.tensor).nbytes for layer in plan.layers)
+    memory = _resident_bytes() + WORKING_BYTES + max(_layer_bytes(source, x, options.device) for x in plan.layers)
     speeds: dict[Config, float] = {}
     groups: dict[tuple[int, int, Config], list[LayerPlan]] = {}
     for layer in plan.layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -261,9 +261,22 @@ class QuantizedWeight(ABC):
     def layout_from_state(cls, state: Mapping[str, Tensor]) -> Layout:
         """The layout that a header and the tensors beside it describe; `FormatError` when they contradict."""
 
+    def check_values(self, names: Collection[str] | None = None) -> None:
+        """Raise `FormatError` on what a shape cannot show: codes out of range, NaN or Inf, set padding bits.
+
+        names: look at these tensors only.
+        """
+        checked = {name: t for name, t in self.tensors.items() if names is None or name in names}
+        for name, tensor in checked.items():
+            check_finite(self.format, name, tensor)
+        if "header" in checked and not torch.equal(checked["header"].cpu(), self.layout.header()):
+            raise FormatError(f"{self.format} weight: header {checked['header'].tolist()} contradicts its tensors")
+        if "codes" in checked:
+            self._check_codes()
+
     @abstractmethod
-    def check_values(self) -> None:
-        """Raise `FormatError` on what a shape cannot show: codes out of range, NaN or Inf, set padding bits."""
+    def _check_codes(self) -> None:
+        """Raise `FormatError` for codes out of range or with set padding bits."""
 
     @abstractmethod
     def _dequantize_rows(self, rows: slice) -> Tensor:

@@ -21,7 +21,6 @@ from .base import (
     QuantizedWeight,
     TensorSpec,
     check_bool,
-    check_finite,
     check_int,
     dtype_name,
     expand_groups,
@@ -240,11 +239,7 @@ class BCQWeight(QuantizedWeight):
         except ArgumentError as error:
             raise FormatError(f"bcq weight: header {words}: {error}") from None
 
-    def check_values(self) -> None:
-        for name, tensor in self.tensors.items():
-            check_finite(self.format, name, tensor)
-        if not torch.equal(self.tensors["header"].cpu(), self.layout.header()):
-            raise FormatError(f"bcq weight: header {self.tensors['header'].tolist()} contradicts its tensors")
+    def _check_codes(self) -> None:
         if tail := self.layout.in_features % 32:
             last = self.codes[..., -1].to(torch.int64) & 0xFFFFFFFF
             if (last >> tail).any():
@@ -296,7 +291,9 @@ class BCQWeight(QuantizedWeight):
                 value = value + weight * signs(b)
             return expand(self.scales[0]) * value
         plane_scales = self.plane_scales()
-        value = torch.zeros((), device=self.device) if self.offsets is None else expand(self.offsets)
+        value = (
+            torch.zeros((), dtype=torch.float32, device=self.device) if self.offsets is None else expand(self.offsets)
+        )
         for b in range(self.bits):
             value = value + expand(plane_scales[b]) * signs(b)
         return value
@@ -308,7 +305,7 @@ class BCQWeight(QuantizedWeight):
         if self.scale_kind == "ratio":
             assert self.ratios is not None
             return self.scales.to(torch.float32) * self.ratios[:, None, None]
-        place = torch.tensor(uniform_plane_weights(self.bits), device=self.device)
+        place = torch.tensor(uniform_plane_weights(self.bits), dtype=torch.float32, device=self.device)
         return self.scales.to(torch.float32) * place[:, None, None]
 
     def plane_offsets(self) -> Tensor | None:

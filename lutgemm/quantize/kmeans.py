@@ -35,8 +35,10 @@ def assign(vectors: Tensor, weights: Tensor | None, book: Tensor) -> Tensor:
     number = torch.arange(entries, dtype=torch.int32, device=book.device)
     nearest = torch.empty(len(vectors), dtype=torch.int64, device=book.device)
     step = max(1, CHUNK_ELEMENTS // entries)
+    room = torch.empty(min(step, len(vectors)), entries, dtype=left.dtype, device=left.device)
     for start in range(0, len(vectors), step):
-        keys = (left[start : start + step] @ right).view(torch.int32)
+        part = left[start : start + step]
+        keys = torch.mm(part, right, out=room[: len(part)]).view(torch.int32)
         keys.bitwise_and_(-entries).bitwise_or_(number)
         nearest[start : start + step] = keys.amin(-1) & (entries - 1)
     return nearest

@@ -202,9 +202,7 @@ def power_of_two(groups: Tensor) -> Tensor:
     """`[R, S]` -> `[R]`: a power of two of the size of each group's largest weight, so that dividing by it is exact."""
     largest = groups.abs().amax(-1)
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
-    # ldexp raises 2 to the exponents in torch's default dtype when they are integers.
-    power = torch.ldexp(torch.ones_like(largest), exponent.to(largest.dtype))
-    return torch.where(largest > 0, power, torch.ones_like(largest))
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), torch.ones_like(largest))
 
 
 @dataclass(frozen=True)
