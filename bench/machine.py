@@ -18,7 +18,8 @@ from lutgemm import __version__, _native
 from lutgemm.errors import ArgumentError
 from lutgemm.testing.hardware import cpu_caches, cpu_name, last_level_cache, usable_cores
 
-BANDWIDTH_REPEATS = 15
+BANDWIDTH_REPEATS = 40
+"""Passes, of some milliseconds each: among as many, one that nothing interrupts is likely."""
 MIN_BANDWIDTH_BYTES = 128 << 20
 
 
@@ -73,7 +74,7 @@ def _best_pass(measure: Callable[[int, int, int], list[float]], threads: int) ->
 
 
 def read_bandwidth(threads: int) -> float:
-    """GB/s at which `threads` threads read memory: the wall for one token. Best of a few passes over 4 caches.
+    """GB/s at which `threads` threads read memory: the wall for one token. Best of many passes over 4 caches.
 
     Measured by a C++ loop of the host module; without it, by torch's copy.
     """

@@ -8,12 +8,6 @@
 namespace lutgemm::bind {
 namespace {
 
-// Table look-ups below which another thread costs more than it saves (a fork and join is some 5 us).
-constexpr int64_t kLookupsPerThread = int64_t(1) << 19;
-
-// How many of `count` equal items of `lookups` look-ups each a thread should at least get.
-int64_t grain(int64_t lookups) { return std::max<int64_t>(1, kLookupsPerThread / std::max<int64_t>(1, lookups)); }
-
 struct BcqTensors {
   const Tensor &codes, &scales;
   const std::optional<Tensor>&offsets, &zeros;
@@ -61,8 +55,8 @@ Tensor pack_bytes(const BcqWeight& weight) {
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   write_byte_header(layout, out);
   const int64_t chunk_lookups = layout.chunk_blocks * kByteRows * layout.slices * weight.bits;
-  torch::stable::parallel_for(0, layout.chunks, grain(chunk_lookups),
-                              [&](int64_t begin, int64_t end) { pack_byte_chunks(weight, layout, begin, end, out); });
+  for_ranges(layout.chunks, chunk_lookups,
+             [&](int64_t begin, int64_t end) { pack_byte_chunks(weight, layout, begin, end, out); });
   return packed;
 }
 
@@ -75,8 +69,8 @@ Tensor bcq_pack_cpu(const Tensor& codes, const Tensor& scales, const std::option
   Tensor packed = empty_prepared(packed_bytes(layout));
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   write_packed_header(layout, out);
-  torch::stable::parallel_for(0, layout.row_blocks, grain(kRowBlock * weight.words * weight.bits),
-                              [&](int64_t begin, int64_t end) { pack_row_blocks(weight, layout, begin, end, out); });
+  for_ranges(layout.row_blocks, kRowBlock * weight.words * weight.bits,
+             [&](int64_t begin, int64_t end) { pack_row_blocks(weight, layout, begin, end, out); });
   return packed;
 }
 
@@ -84,20 +78,18 @@ void run_lut_gemm(const PackedBcq& weight, Isa isa, const Io& io) {
   TokenTables token = make_token_tables(weight, isa);
   const int64_t row_block_lookups = kRowBlock * weight.words * 8 * weight.bits;
   for (int64_t m = 0; m < io.M; ++m) {
-    torch::stable::parallel_for(0, weight.words, grain(8 * 16), [&](int64_t begin, int64_t end) {
-      prepare_words(weight, isa, io, m, begin, end, token);
-    });
+    for_ranges(weight.words, 8 * 16,
+               [&](int64_t begin, int64_t end) { prepare_words(weight, isa, io, m, begin, end, token); });
     prepare_sums(weight, token);
-    torch::stable::parallel_for(0, weight.row_blocks, grain(row_block_lookups), [&](int64_t begin, int64_t end) {
-      lut_gemm_rows(weight, isa, io, m, token, begin, end);
-    });
+    for_ranges(weight.row_blocks, row_block_lookups,
+               [&](int64_t begin, int64_t end) { lut_gemm_rows(weight, isa, io, m, token, begin, end); });
   }
 }
 
 void run_biqgemm(const PackedBcq& weight, Isa isa, const Io& io) {
   const int64_t lookups = kRowBlock * weight.words * 8 * weight.bits * io.M;
-  torch::stable::parallel_for(0, weight.row_blocks, grain(lookups),
-                              [&](int64_t begin, int64_t end) { biqgemm_rows(weight, isa, io, begin, end); });
+  for_ranges(weight.row_blocks, lookups,
+             [&](int64_t begin, int64_t end) { biqgemm_rows(weight, isa, io, begin, end); });
 }
 
 // `tokens_at_once` at a time: tables of all of K, then the rows past them.
@@ -107,12 +99,10 @@ void run_byte_kernel(const PackedBytes& weight, Accuracy accuracy, bool words, c
   for (int64_t m = 0; m < io.M; m += tokens_at_once) {
     const int64_t count = std::min(io.M - m, tokens_at_once);
     ByteTokens tokens = make_byte_tokens(weight, accuracy, words, m, count);
-    // Building a slice's table takes about as long as 2048 look-ups in it.
-    torch::stable::parallel_for(0, weight.spans, grain(kSpanSlices * 2048 * count), [&](int64_t begin, int64_t end) {
-      prepare_spans(weight, accuracy, words, io, begin, end, tokens);
-    });
-    torch::stable::parallel_for(0, weight.chunks, grain(chunk_lookups * count / 2),
-                                [&](int64_t begin, int64_t end) { rows(tokens, begin, end); });
+    // Building a slice's table takes about as long as 512 look-ups of rows in it.
+    for_ranges(weight.spans, kSpanSlices * 512 * count,
+               [&](int64_t begin, int64_t end) { prepare_spans(weight, accuracy, words, io, begin, end, tokens); });
+    for_ranges(weight.chunks, chunk_lookups * count, [&](int64_t begin, int64_t end) { rows(tokens, begin, end); });
   }
 }
 
@@ -176,8 +166,8 @@ Tensor bcq_dequantize_cpu(const Tensor& codes, const Tensor& scales, const std::
   Tensor out = empty_cpu({row_end - row_begin, K}, dtype);
   auto* data = static_cast<uint8_t*>(out.mutable_data_ptr());
   const int64_t row_bytes = K * int64_t(out.element_size());
-  torch::stable::parallel_for(row_begin, row_end, grain(K * weight.bits), [&](int64_t begin, int64_t end) {
-    bcq_dequantize_rows(weight, isa, begin, end, dtype, data + (begin - row_begin) * row_bytes);
+  for_ranges(row_end - row_begin, K * weight.bits, [&](int64_t begin, int64_t end) {
+    bcq_dequantize_rows(weight, isa, row_begin + begin, row_begin + end, dtype, data + begin * row_bytes);
   });
   return out;
 }

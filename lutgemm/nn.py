@@ -328,14 +328,13 @@ def linear_modules(model: nn.Module, selection: Selection) -> tuple[dict[str, nn
 def _call_linears_of_encoders(model: nn.Module) -> None:
     """In eval mode `nn.TransformerEncoderLayer` hands `.weight` of its linear layers to a fused dense kernel of torch
     instead of calling them. Take that way from those with quantized layers; results are the same but for rounding."""
+    encoders = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            if isinstance(module.linear1, QuantizedLinear) or isinstance(module.linear2, QuantizedLinear):
+        if isinstance(module, encoders) and any(isinstance(inner, QuantizedLinear) for inner in module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
                 module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, QuantizedLinear) for m in module.modules()
-        ):
-            module.use_nested_tensor = False
 
 
 def replace_linear(

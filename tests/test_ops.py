@@ -331,6 +331,7 @@ def test_ratios_refuse_a_gradient_in_words():
         linear(inputs.x, inputs.weight).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:a quantized weight made under torch.inference_mode")
 @pytest.mark.parametrize("op", CASES)
 def test_inference_mode_and_no_grad(op):
     inputs = OpCase(op=op).inputs()

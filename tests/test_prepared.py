@@ -143,7 +143,9 @@ def test_kinds_lie_side_by_side(weight):
     assert set(prepared.kept(tensors[0])) == {"words", "bytes"}
     assert prepared.find(tensors, (32,), "words") is not prepared.find(tensors, (32,), "bytes")
     assert prepared.find(tensors, (64,), "words") is None
-    assert prepared.find((*tensors[:-1], torch.ones(1)), (32,), "words") is None
+    for place in range(len(tensors) - 1):
+        other = (*tensors[:place], tensors[place].clone(), *tensors[place + 1 :])
+        assert prepared.find(other, (32,), "words") is None
     tensors[1].add_(0)
     assert prepared.find(tensors, (32,), "words") is None
     prepared.keep(tensors, (32,), prepared.state_of(tensors), "words", torch.ones(1))

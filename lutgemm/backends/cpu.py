@@ -143,11 +143,11 @@ def _choose(problem: Problem) -> str:
 
 def _bcq_packed(tensors: BcqTensors, in_features: int, group_size: int, scale_kind: str, kind: str) -> Tensor:
     """The weight in a layout of `_packed_kind`, kept with its tensors."""
-    parameters = (in_features, group_size, scale_kind)
+    parameters = (in_features, group_size, scale_kind, tensors[2] is None)
     packed = prepared.find(tensors, parameters, kind)
     if packed is None:
         state = prepared.state_of(tensors)
-        packed = _op("_bcq_pack_cpu")(*_bcq_tensors(*tensors, *parameters), kind == "bytes")
+        packed = _op("_bcq_pack_cpu")(*_bcq_tensors(*tensors, *parameters[:3]), kind == "bytes")
         prepared.keep(tensors, parameters, state, kind, packed)
     return packed
 
@@ -167,7 +167,8 @@ def bcq_linear_stacked(
     isa, first = _isa(), weights[0]
     kind, uniform = _packed_kind(isa, accuracy), first.scale_kind == "uniform"
     tensors = (*(t for w in weights for t in (w.codes, w.scales, w.offsets, w.zeros)), *biases)
-    parameters = ("stacked", len(weights), first.shape[1], first.group_size, uniform)
+    given = (uniform, first.offsets is None, biases[0] is None)
+    parameters = ("stacked", len(weights), first.shape[1], first.group_size, *given)
     packed = prepared.find(tensors, parameters, kind)
     if packed is None:
         state = prepared.state_of(tensors)

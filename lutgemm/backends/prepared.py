@@ -20,10 +20,10 @@ Tensors = tuple[Tensor | None, ...]
 """Those that a layout is made from; the first, the codes of a weight, is always there."""
 
 Parameters = tuple[Any, ...]
-"""What else a layout depends on, hashable."""
+"""What else a layout depends on, hashable, with which of the tensors are there."""
 
-State = tuple[tuple[int, int, int] | None, ...]
-"""(id, version, address) of each of `Tensors`."""
+State = tuple[tuple[int, int, int, int], ...]
+"""(place, id, version, address) of each of `Tensors` that is there."""
 
 
 class _Entry:
@@ -51,21 +51,20 @@ def find(tensors: Tensors, parameters: Parameters, kind: str) -> Tensor | None:
     entry = _entries.get((id(tensors[0]), parameters))
     if entry is None:
         return None
-    for tensor, known in zip(tensors, entry.state, strict=True):
-        if tensor is None or known is None:
-            if tensor is not known:
-                return None
-        elif id(tensor) != known[0] or tensor._version != known[1] or tensor.data_ptr() != known[2]:
+    for place, own, version, address in entry.state:
+        tensor: Any = tensors[place]
+        if id(tensor) != own or tensor._version != version or tensor.data_ptr() != address:
             return None
     return entry.layouts.get(kind)
 
 
 def state_of(tensors: Tensors) -> State | None:
     """What `keep` needs to know from before the layout is made; None when torch cannot tell changes."""
-    if any(tensor is not None and tensor.is_inference() for tensor in tensors):
+    there = [(place, tensor) for place, tensor in enumerate(tensors) if tensor is not None]
+    if any(tensor.is_inference() for _, tensor in there):
         _warn_of_inference_tensors()
         return None
-    return tuple(None if t is None else (id(t), t._version, t.data_ptr()) for t in tensors)
+    return tuple((place, id(t), t._version, t.data_ptr()) for place, t in there)
 
 
 def keep(tensors: Tensors, parameters: Parameters, state: State | None, kind: str, layout: Tensor) -> None:
@@ -81,7 +80,7 @@ def keep(tensors: Tensors, parameters: Parameters, state: State | None, kind: st
 
 def _places(codes: Tensor) -> list[tuple[int, Parameters]]:
     own = id(codes)
-    return [place for place, entry in list(_entries.items()) if any(known and known[0] == own for known in entry.state)]
+    return [place for place, entry in list(_entries.items()) if any(known[1] == own for known in entry.state)]
 
 
 def forget(codes: Tensor) -> None:
