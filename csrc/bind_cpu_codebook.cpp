@@ -54,7 +54,7 @@ CodebookWeight make_weight(const Tensor& codes, const Tensor& codebooks, const T
 }
 
 Tensor pack_weight(const CodebookWeight& w, const PackedLayout& p) {
-  Tensor packed = bind::empty_cpu({p.total_bytes()}, DType::kUInt8);
+  Tensor packed = bind::empty_prepared(p.total_bytes());
   void* data = packed.mutable_data_ptr();
   pack_codebooks(w, p, data);
   torch::stable::parallel_for(0, p.blocks, 1, [&](int64_t begin, int64_t end) { pack_blocks(w, p, begin, end, data); });
@@ -69,9 +69,9 @@ Tensor pack_op(const Tensor& codes, const Tensor& codebooks, const Tensor& scale
 Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales,
                  const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, int64_t group_size,
                  int64_t isa_number, int64_t accuracy_number) {
-  bind::requested_accuracy(accuracy_number);
   check_tensor(x, "x", {-1, -1});
   const Isa isa = bind::requested_isa(isa_number);
+  const Accuracy accuracy = bind::requested_accuracy(accuracy_number);
   const CodebookWeight w = make_weight(codes, codebooks, scales, x.size(1), group_size);
   const PackedLayout p = packed_layout(w);
   Tensor y;
@@ -88,7 +88,7 @@ Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, 
   const Tensor own = packed ? *packed : pack_weight(w, p);
   const void* data = own.const_data_ptr();
   torch::stable::parallel_for(0, p.blocks, 1,
-                              [&](int64_t begin, int64_t end) { codegemm(p, data, io, isa, begin, end); });
+                              [&](int64_t begin, int64_t end) { codegemm(p, data, io, isa, accuracy, begin, end); });
   return y;
 }
 

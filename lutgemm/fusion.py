@@ -62,6 +62,7 @@ class FusedGroup:
 
     def __init__(self, layers: Sequence[BCQLinear]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
+        self._rows = [layer.out_features for layer in layers]
         self._local = threading.local()
         self._misses = 0
 
@@ -92,8 +93,8 @@ class FusedGroup:
             return None
         weights = [cast(BCQWeight, layer.weight_record) for layer in layers]
         biases = [layer._parameters["bias"] for layer in layers]
-        k, accuracy = weights[0].shape[1], layers[0].accuracy
-        fits = x.ndim and x.shape[-1] == k and x.dtype in ops.ACTIVATION_DTYPES and weights[0].device == x.device
+        k, shape, accuracy = weights[0].shape[1], x.shape, layers[0].accuracy
+        fits = len(shape) and shape[-1] == k and x.dtype in ops.ACTIVATION_DTYPES and weights[0].device == x.device
         if not fits or not ops.direct(x, weights[0], biases[0]):
             return None
         for layer, weight, bias in zip(layers, weights, biases, strict=True):
@@ -102,16 +103,13 @@ class FusedGroup:
             if torch.is_grad_enabled() and not ops.direct(x, weight, bias):
                 return None
         flat = x.reshape(-1, k)
-        choices = {ops.bcq_choice(flat, weight, accuracy=accuracy) for weight in weights}
-        kernel, algorithm, level = choices.pop()
-        if choices or kernel is not cpu.BACKEND.bcq_linear or algorithm == "dequantize":
+        choice, *others = [ops.bcq_choice(flat, weight, accuracy=accuracy) for weight in weights]
+        kernel, algorithm, level = choice
+        if others.count(choice) < len(others) or kernel is not cpu.BACKEND.bcq_linear or algorithm == "dequantize":
             return None
-        y, parts, start = cpu.bcq_linear_stacked(flat, weights, biases, algorithm, level), {}, 0
-        for place, weight in enumerate(weights):
-            n = weight.shape[0]
-            parts[place] = y[:, start : start + n].contiguous().view(*x.shape[:-1], n)
-            start += n
-        return parts
+        y = cpu.bcq_linear_stacked(flat, weights, biases, algorithm, level)
+        parts = y.view(*shape[:-1], y.shape[1]).split(self._rows, -1)
+        return dict(enumerate(parts if len(flat) == 1 else [part.contiguous() for part in parts]))
 
 
 def _kind(layer: BCQLinear) -> tuple[Any, ...]:

@@ -65,8 +65,8 @@ def bcq_linear(
     """
     if not isinstance(weight, BCQWeight):
         raise ArgumentError(f"weight: got {type(weight).__name__}, bcq_linear takes a BCQWeight")
-    _check(x, weight, bias)
     t, shape = weight.tensors, x.shape
+    _check(x, shape, weight, bias)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     record = (t["codes"], t["scales"], t.get("offsets"), t.get("zeros"), t.get("ratios"))
     group_size, scale_kind = weight.group_size, weight.layout.scale_kind
@@ -94,8 +94,8 @@ def codebook_linear(
     """
     if not isinstance(weight, CodebookWeight):
         raise ArgumentError(f"weight: got {type(weight).__name__}, codebook_linear takes a CodebookWeight")
-    _check(x, weight, bias)
     t, shape = weight.tensors, x.shape
+    _check(x, shape, weight, bias)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     record = (t["codes"], t["codebooks"], t["scales"])
     if direct(x, weight, bias):
@@ -115,9 +115,9 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, **cho
     raise ArgumentError(f"weight: got {type(weight).__name__}, expected a BCQWeight or a CodebookWeight")
 
 
-def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> None:
+def _check(x: Tensor, shape: torch.Size, weight: QuantizedWeight, bias: Tensor | None) -> None:
     n, k = weight.shape
-    shape, dtype, device = x.shape, x.dtype, x.device
+    dtype, device = x.dtype, x.device
     if len(shape) < 1 or shape[-1] != k:
         raise ArgumentError(f"x: got shape {list(shape)}, its last dimension must be K={k} (weight is {n}x{k})")
     if dtype not in ACTIVATION_DTYPES:

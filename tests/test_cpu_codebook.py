@@ -18,6 +18,12 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ISA_NAMES = ("scalar", "avx2", "avx512", "avx512vbmi")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOKENS = (0, 1, 2, 3, 8, 17)
+VBMI, EXACT = 3, 3
+ACCURACY_NAMES = ("fast", "accurate", "near-exact", "exact")
+KERNELS = ((0, EXACT), (1, EXACT), (2, EXACT), (VBMI, 0), (VBMI, 1), (VBMI, 2), (VBMI, EXACT))
+TABLE_BITS = {0: 8, 1: 14, 2: 16}
+RELATIVE_ERROR = {0: 2e-2, 1: 1e-3, 2: 1e-4, EXACT: 1e-6}
+TILE_ENTRIES = 32
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ CASES = (
     Case(1, 2, 5, 70, 101, 6, torch.float32),
     Case(3, 4, 7, 33, 100, 20),
     Case(2, 4, 6, 129, 96, 96),
+    Case(3, 8, 8, 200, 1000, 1000),
     Case(1, 16, 1, 1, 1, 1),
     Case(2, 2, 2, 3, 7, 7),
     Case(1, 8, 10, 150, 203, 64),
@@ -67,6 +74,14 @@ def runs_here(isa: int) -> bool:
 def isa(request: pytest.FixtureRequest) -> int:
     if not runs_here(request.param):
         pytest.skip(f"this CPU has no {ISA_NAMES[request.param]}")
+    return request.param
+
+
+@pytest.fixture(params=KERNELS, ids=lambda k: f"{ISA_NAMES[k[0]]}-{ACCURACY_NAMES[k[1]]}")
+def kernel(request: pytest.FixtureRequest) -> tuple[int, int]:
+    """(instruction set, accuracy) where that is a kernel of its own: all others are exact."""
+    if not runs_here(request.param[0]):
+        pytest.skip(f"this CPU has no {ISA_NAMES[request.param[0]]}")
     return request.param
 
 
@@ -103,9 +118,18 @@ def pack(w: CodebookWeight) -> Tensor:
     return torch.ops.lutgemm._codebook_pack_cpu(w.codes, w.codebooks, w.scales, w.shape[1], w.group_size)
 
 
-def linear(x: Tensor, w: CodebookWeight, isa: int, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    w: CodebookWeight,
+    isa: int,
+    bias: Tensor | None = None,
+    packed: Tensor | None = None,
+    accuracy: int = EXACT,
+) -> Tensor:
     packed = pack(w) if packed is None else packed
-    return torch.ops.lutgemm._codebook_linear_cpu(x, w.codes, w.codebooks, w.scales, bias, packed, w.group_size, isa, 3)
+    return torch.ops.lutgemm._codebook_linear_cpu(
+        x, w.codes, w.codebooks, w.scales, bias, packed, w.group_size, isa, accuracy
+    )
 
 
 def dequantize(
@@ -145,6 +169,34 @@ def error_bound(x: Tensor, w: CodebookWeight, bias: Tensor | None = None) -> Ten
     if bias is not None:
         terms = terms + bias.double().abs()
     return terms * (n * unit / (1 - n * unit))
+
+
+def fixed_point_error(x: Tensor, w: CodebookWeight, accuracy: int) -> Tensor:
+    """`[M, N]`: largest error of y from tables of fixed point, before the fp32 arithmetic around them.
+
+    Of 32 entries (vectors times codebooks) in order within a group, let B be the largest norm of a vector of x times
+    the largest norm of a centroid. A table entry of b bits is off by at most half a step, 2^-b * B. Where x and
+    centroids become int16 first, centroid components are off by at most u/2, u <= |c| / 32767, which a vector of x
+    carries to at most sqrt(v) * 2^-16 * B; and x by at most what is v * 2^-16 * B after the product. Where they stay
+    fp32 there are v roundings of 2^-23 * B. 1 % on top is for the room that the kernel keeps below its limits.
+    """
+    layout, bits = w.layout, TABLE_BITS[accuracy]
+    v, books = layout.vec_len, layout.num_codebooks
+    group_vectors = min(-(-layout.group_size // v), layout.num_vectors)
+    padded = torch.nn.functional.pad(x.double(), (0, layout.num_vectors * v - x.shape[1]))
+    norms = padded.unflatten(1, (-1, v)).norm(dim=2)
+    largest_centroid = w.codebooks.double().norm(dim=2).max()
+    factors = 2.0**-16 * (v + v**0.5) if bits < 16 else v * 2.0**-23
+    error = torch.zeros(x.shape[0], layout.out_features, dtype=torch.float64)
+    for group in range(layout.num_groups):
+        vectors = range(group * group_vectors, min((group + 1) * group_vectors, layout.num_vectors))
+        entries = [j for j in vectors for _ in range(books)]
+        for start in range(0, len(entries), TILE_ENTRIES):
+            tile = entries[start : start + TILE_ENTRIES]
+            bound = norms[:, tile].amax(1) * largest_centroid
+            each = bound * (2.0**-bits + factors) * 1.01
+            error += (len(tile) * each)[:, None] * w.scales[:, group].double().abs()
+    return error
 
 
 def check_close(y: Tensor, exact: Tensor, bound: Tensor) -> None:
@@ -200,35 +252,119 @@ def test_bias_is_added_before_the_only_rounding(isa: int) -> None:
     assert torch.equal(linear(x, weight, isa, bias), expected)
 
 
-def test_a_token_does_not_depend_on_its_neighbours(case: Case, isa: int) -> None:
+def test_a_token_does_not_depend_on_its_neighbours(case: Case, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
     weight = make_weight(case)
     packed = pack(weight)
     x = torch.randn(23, case.k, generator=torch.Generator().manual_seed(2))
-    alone = torch.cat([linear(row[None], weight, isa, packed=packed) for row in x])
+    alone = torch.cat([linear(row[None], weight, isa, None, packed, accuracy) for row in x])
     for tokens in (2, 4, 7, 11, 23):
-        assert torch.equal(linear(x[:tokens], weight, isa, packed=packed), alone[:tokens])
+        assert torch.equal(linear(x[:tokens], weight, isa, None, packed, accuracy), alone[:tokens])
 
 
 @pytest.mark.parametrize("tokens", [1, 17])
-def test_bits_do_not_depend_on_threads_or_runs(case: Case, tokens: int, isa: int) -> None:
+def test_bits_do_not_depend_on_threads_or_runs(case: Case, tokens: int, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
     weight = make_weight(case)
     x = torch.randn(tokens, case.k, generator=torch.Generator().manual_seed(3))
     results, packs, rows = [], [], []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
         packs.append(pack(weight))
-        results.append(linear(x, weight, isa, packed=packs[0]))
+        results.append(linear(x, weight, isa, None, packs[0], accuracy))
         rows.append(dequantize(weight, isa))
     assert all(torch.equal(y, results[0]) for y in results)
     assert all(torch.equal(p, packs[0]) for p in packs)
     assert all(torch.equal(r, rows[0]) for r in rows)
 
 
-def test_without_a_pack_the_record_is_read(case: Case, isa: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_accuracy_stays_within_its_bound(case: Case, dtype: torch.dtype, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
+    if accuracy == EXACT or case.bits > 8:
+        pytest.skip("exact: see the test above")
+    weight = make_weight(case)
+    packed, dense = pack(weight), exact_weight(weight)
+    gen = torch.Generator().manual_seed(5)
+    for tokens in (1, 2, 3, 7, 17):
+        x = torch.randn(tokens, case.k, generator=gen)
+        x[:, :: max(1, case.k // 3)] *= 100  # outliers
+        if tokens == 7:
+            x[:] = torch.eye(7, case.k)
+        x, bias = x.to(dtype), torch.randn(case.n, generator=gen).to(dtype)
+        bound = error_bound(x, weight, bias) + fixed_point_error(x, weight, accuracy)
+        check_close(linear(x, weight, isa, bias, packed, accuracy), x.double() @ dense.T + bias.double(), bound)
+
+
+@pytest.mark.parametrize("outliers", [1.0, 20.0, 100.0])
+@pytest.mark.parametrize("vec_len", [2, 4, 8, 16])
+@pytest.mark.parametrize("num_codebooks", [1, 2, 4])
+def test_relative_errors(num_codebooks: int, vec_len: int, outliers: float, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
+    w = make_weight(Case(num_codebooks, vec_len, 8, 130, 1024, 128))
+    smaller = w.codebooks * 0.4 ** torch.arange(num_codebooks)[:, None, None]  # as residuals have them
+    w = with_tensors(w, smaller.to(w.codebooks.dtype), w.scales)
+    gen = torch.Generator().manual_seed(6)
+    x = torch.randn(4, 1024, generator=gen)
+    x[:, torch.randperm(1024, generator=gen)[:20]] *= outliers
+    exact = x.double() @ exact_weight(w).T
+    error = (linear(x, w, isa, None, None, accuracy).double() - exact).norm() / exact.norm()
+    assert error <= RELATIVE_ERROR[accuracy]
+
+
+@pytest.mark.parametrize("power", [-80, 60])
+def test_powers_of_two_pass_through(power: int, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
+    weight = make_weight(Case(2, 4, 8, 130, 256, 64))
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(7))
+    scaled = linear(x * 2.0**power, weight, isa, None, None, accuracy)
+    assert torch.equal(scaled, linear(x, weight, isa, None, None, accuracy) * 2.0**power)
+
+
+def test_zeros_give_the_bias(case: Case, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
+    weight = make_weight(case)
+    bias = torch.randn(case.n)
+    for tokens in (1, 5):
+        y = linear(torch.zeros(tokens, case.k), weight, isa, bias, None, accuracy)
+        assert torch.equal(y, bias.expand(tokens, -1))
+    nothing = with_tensors(weight, torch.zeros_like(weight.codebooks), weight.scales)
+    assert torch.equal(linear(torch.ones(1, case.k), nothing, isa, bias, None, accuracy), bias[None])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows(value: float, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
+    weight = make_weight(Case(2, 4, 8, 70, 100, 20))
+    x = torch.randn(3, 100, generator=torch.Generator().manual_seed(8))
+    expected = linear(x, weight, isa, None, None, accuracy)
+    x[1, 33] = value
+    y = linear(x, weight, isa, None, None, accuracy)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[::2], expected[::2])
+    codebooks = weight.codebooks.clone()
+    codebooks[1, :, 2] = value
+    y = linear(x[:1], with_tensors(weight, codebooks, weight.scales), isa, None, None, accuracy)
+    assert not y.isfinite().any()
+
+
+def test_without_a_kernel_of_its_own_an_accuracy_is_exact(case: Case, isa: int) -> None:
+    if isa == VBMI and case.bits <= 8:
+        pytest.skip("has kernels of their own")
+    weight = make_weight(case)
+    x = torch.randn(3, case.k, generator=torch.Generator().manual_seed(9))
+    for level in (0, 1, 2):
+        assert torch.equal(linear(x, weight, isa, None, None, level), linear(x, weight, isa))
+
+
+def test_without_a_pack_the_record_is_read(case: Case, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
     w = make_weight(case)
     x = torch.randn(3, case.k, generator=torch.Generator().manual_seed(4))
-    y = torch.ops.lutgemm._codebook_linear_cpu(x, w.codes, w.codebooks, w.scales, None, None, w.group_size, isa, 3)
-    assert torch.equal(y, linear(x, w, isa))
+    y = torch.ops.lutgemm._codebook_linear_cpu(
+        x, w.codes, w.codebooks, w.scales, None, None, w.group_size, isa, accuracy
+    )
+    assert torch.equal(y, linear(x, w, isa, None, None, accuracy))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -242,7 +378,8 @@ def test_dequantize_equals_the_format(case: Case, dtype: torch.dtype, isa: int) 
 
 
 @pytest.mark.parametrize("bits", [3, 10])
-def test_codes_beyond_the_codebook_stay_inside_it(bits: int, isa: int) -> None:
+def test_codes_beyond_the_codebook_stay_inside_it(bits: int, kernel: tuple[int, int]) -> None:
+    isa, accuracy = kernel
     w = make_weight(Case(2, 4, bits, 50, 64, 32))
     dtype = w.codes.dtype
     wild = torch.randint(*((0, 256) if bits <= 8 else (-(2**15), 2**15)), w.codes.shape).to(dtype)
@@ -250,7 +387,7 @@ def test_codes_beyond_the_codebook_stay_inside_it(bits: int, isa: int) -> None:
     masked.tensors["codes"] = wild & (2**bits - 1)
     w.tensors["codes"] = wild
     x = torch.randn(5, 64)
-    assert torch.equal(linear(x, w, isa), linear(x, masked, isa))
+    assert torch.equal(linear(x, w, isa, None, None, accuracy), linear(x, masked, isa, None, None, accuracy))
     assert torch.equal(dequantize(w, isa), dequantize(masked, isa))
 
 
@@ -268,7 +405,9 @@ def test_a_corrupt_pack_is_refused_or_harmless(case: Case, isa: int) -> None:
     noise = packed.clone()
     noise[64:] = torch.randint(0, 256, (len(packed) - 64,), dtype=torch.uint8)
     for tokens in (1, 3, 8, 16):
-        assert linear(torch.ones(tokens, case.k), weight, isa, packed=noise).shape == (tokens, case.n)
+        for level in range(4):
+            y = linear(torch.ones(tokens, case.k), weight, isa, None, noise, level)
+            assert y.shape == (tokens, case.n)
 
 
 def test_a_view_of_a_pack_is_read_right_or_refused(isa: int) -> None:
@@ -278,7 +417,10 @@ def test_a_view_of_a_pack_is_read_right_or_refused(isa: int) -> None:
         view = torch.empty(len(packed) + offset, dtype=torch.uint8)[offset:]
         view.copy_(packed)
         if offset == 4:
-            assert torch.equal(linear(x, weight, isa, packed=view), linear(x, weight, isa, packed=packed))
+            for level in range(4):
+                assert torch.equal(
+                    linear(x, weight, isa, None, view, level), linear(x, weight, isa, None, packed, level)
+                )
         else:
             with pytest.raises(RuntimeError, match="packed: starts at an odd address"):
                 linear(x, weight, isa, packed=view)

@@ -6,8 +6,10 @@
 //   3)
 //
 // One "entry" is one (j, c), numbered j * num_codebooks + c: one column of codes and one table of centroid products.
-// Tables and sums are fp32. Entries of a group are added in order into a partial sum, which the scale then carries
-// into y; no kernel changes that order, so a token's result depends neither on threads nor on the tokens beside it.
+// At Accuracy::kExact tables and sums are fp32. Entries of a group are added in order into a partial sum, which the
+// scale then carries into y; no kernel changes that order, so a token's result depends neither on threads nor on the
+// tokens beside it. The lower accuracies have fixed-point tables where codegemm_fixed.h has a kernel for them, with the
+// same independence; elsewhere they are exact.
 #pragma once
 
 #include <cstddef>
@@ -20,14 +22,21 @@ namespace lutgemm {
 // Rows of a block. The AVX-512 look-up reads two vectors of 64 codes against one set of table registers.
 constexpr int kBlockRows = 128;
 
-// Bytes of fp32 tables of one tile and token: half of a 32 KiB L1, the other half is for codes and the codebook.
+// Bytes of fp32 tables of one tile and token that are half of a 32 KiB L1; the other half is for codes and the
+// codebook.
 constexpr int kTileTableBytes = 16 << 10;
+
+// Entries of a tile where codes are bytes: the two-byte tables of one token are 16 KiB, and a group of 128 weights in
+// vectors of 4 is one tile. Kernels with fp32 tables take a tile in two parts.
+constexpr int kTileEntries = 32;
 
 // How a prepared weight lies in memory:
 //
 //   header      int32[16]: magic, layout version, N, K, group_size, num_codebooks, vec_len, codebook_bits, scale dtype,
 //               kBlockRows, tile_entries, zeros
 //   codebooks   fp32 [num_codebooks][vec_len][table_entries]; entries that codes cannot name are zero
+//   rounded     the codebooks as int16 [num_codebooks][vec_len / 2][256][2], after a RoundedCodebooks of 64 bytes; only
+//               when codebook_bits <= 8
 //   for each group, for each tile of up to tile_entries entries of it, for each block of kBlockRows rows:
 //     codes     [entries of the tile][kBlockRows], 1 byte, or 2 when codebook_bits > 8; see row_of_position
 //     scales    [kBlockRows] of the stored dtype, in the last tile of a group only
@@ -46,7 +55,10 @@ struct PackedLayout {
   int scale_bytes;
 
   int64_t codebook_offset() const { return 64; }
-  int64_t tiles_offset() const { return 64 + int64_t(4) * num_codebooks * vec_len * table_entries; }
+  int64_t rounded_offset() const { return 64 + int64_t(4) * num_codebooks * vec_len * table_entries; }
+  int64_t tiles_offset() const {
+    return rounded_offset() + (code_bytes == 1 ? 64 + int64_t(2) * num_codebooks * vec_len * table_entries : 0);
+  }
   int64_t group_bytes(int64_t entries) const { return blocks * kBlockRows * (entries * code_bytes + scale_bytes); }
   int64_t group_offset(int64_t g) const { return tiles_offset() + g * group_bytes(group_vectors * num_codebooks); }
   int64_t group_entries(int64_t g) const {
@@ -54,6 +66,12 @@ struct PackedLayout {
     return (left < group_vectors ? left : group_vectors) * num_codebooks;
   }
   int64_t total_bytes() const { return group_offset(G - 1) + group_bytes(group_entries(G - 1)); }
+};
+
+// Codebooks in fixed point: value = integer * unit, each codebook's largest value at 32767.
+struct RoundedCodebooks {
+  float unit[4];  // NaN when a value is not finite
+  float norm[4];  // largest Euclidean norm of a centroid, as value
 };
 
 PackedLayout packed_layout(const CodebookWeight& w);
@@ -106,8 +124,9 @@ struct GatherArgs {
 };
 
 struct CodegemmKernel {
-  int tokens;   // tokens of one pass, that share each code read
-  int entries;  // most entries of one pass; its tables should stay in L1 (or L2, for wide ones)
+  int tokens;          // tokens of one pass, that share each code read
+  int entries;         // most entries whose tables are made at a time
+  int gather_entries;  // most entries of one gather; its tables should stay in L1 (or L2, for wide ones)
   void (*build)(const BuildArgs&);
   void (*gather)(const GatherArgs&);
 };
@@ -118,8 +137,10 @@ extern const CodegemmKernel kCodegemmAvx2, kCodegemmAvx2x4, kCodegemmAvx2x8;
 extern const CodegemmKernel kCodegemmAvx512x16;
 extern const CodegemmKernel kCodegemmVbmi;  // codebook_bits <= 8 only
 
-// y[:, rows of the blocks] for all tokens. Threads call it with disjoint ranges of blocks.
-void codegemm(const PackedLayout& p, const void* packed, const Io& io, Isa isa, int64_t block_begin, int64_t block_end);
+// y[:, rows of the blocks] for all tokens, at least as accurate as asked. Threads call it with disjoint ranges of
+// blocks; each makes all tables for itself, so a range should not be short.
+void codegemm(const PackedLayout& p, const void* packed, const Io& io, Isa isa, Accuracy accuracy, int64_t block_begin,
+              int64_t block_end);
 
 // Row n, fp32, into out [J * vec_len]; codebooks are fp32 [num_codebooks][1 << codebook_bits][vec_len].
 void codebook_dequantize_row_avx2(const CodebookWeight& w, const float* codebooks, int64_t n, float* out);

@@ -1,5 +1,6 @@
 // The prepared layout of codebook.h: made from the stored tensors, and checked.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "codebook.h"
@@ -9,7 +10,7 @@ namespace lutgemm {
 namespace {
 
 constexpr int32_t kMagic = 0x4243474c;  // "LGCB" in memory
-constexpr int32_t kLayoutVersion = 1;
+constexpr int32_t kLayoutVersion = 2;
 
 struct Header {
   int32_t words[16];
@@ -35,6 +36,36 @@ void pack_codes(const CodebookWeight& w, int64_t first, int64_t count, int64_t r
   }
 }
 
+// Codebooks fp32 [num_codebooks][vec_len][256] -> the part `rounded` of the pack.
+void pack_rounded(const PackedLayout& p, const float* codebooks, uint8_t* out) {
+  RoundedCodebooks rounded{};
+  auto* integers = reinterpret_cast<int16_t*>(out + 64);
+  const int64_t entries = p.table_entries, size = p.vec_len * entries;
+  for (int64_t c = 0; c < p.num_codebooks; ++c, codebooks += size, integers += size) {
+    float largest = 0.0f;
+    bool finite = true;
+    for (int64_t i = 0; i < size; ++i) {
+      finite = finite && std::isfinite(codebooks[i]);
+      largest = std::max(largest, std::fabs(codebooks[i]));
+    }
+    const double unit = finite ? largest / 32767.0 : 0.0;
+    double largest_square = 0.0;
+    for (int64_t i = 0; i < entries; ++i) {
+      double square = 0.0;
+      for (int64_t d = 0; d < p.vec_len; ++d) {
+        const double integer = unit > 0.0 ? std::nearbyint(codebooks[d * entries + i] / unit) : 0.0;
+        integers[d / 2 * 2 * entries + 2 * i + d % 2] = int16_t(integer);
+        square += integer * integer;
+      }
+      largest_square = std::max(largest_square, square);
+    }
+    rounded.unit[c] = finite ? float(unit) : std::nanf("");
+    rounded.norm[c] = float(std::sqrt(largest_square) * unit * (1.0 + 0x1p-20));
+  }
+  std::memset(out, 0, 64);
+  std::memcpy(out, &rounded, sizeof rounded);
+}
+
 }  // namespace
 
 PackedLayout packed_layout(const CodebookWeight& w) {
@@ -46,7 +77,7 @@ PackedLayout packed_layout(const CodebookWeight& w) {
   p.num_codebooks = w.num_codebooks, p.vec_len = w.vec_len, p.codebook_bits = w.codebook_bits;
   p.code_bytes = w.codebook_bits > 8 ? 2 : 1;
   p.table_entries = std::max(256, 1 << w.codebook_bits);
-  p.tile_entries = std::max(1, kTileTableBytes / (4 * p.table_entries));
+  p.tile_entries = p.code_bytes == 1 ? kTileEntries : std::max(1, kTileTableBytes / (4 * p.table_entries));
   p.scale_dtype = w.scale_dtype;
   p.scale_bytes = int(dtype_bytes(w.scale_dtype));
   return p;
@@ -62,7 +93,9 @@ const char* packed_mismatch(const PackedLayout& p, const void* packed, int64_t b
 void pack_codebooks(const CodebookWeight& w, const PackedLayout& p, void* packed) {
   const Header header = header_of(p);
   std::memcpy(packed, &header, sizeof header);
-  float* out = reinterpret_cast<float*>(static_cast<uint8_t*>(packed) + p.codebook_offset());
+  uint8_t* base = static_cast<uint8_t*>(packed);
+  float* const codebooks = reinterpret_cast<float*>(base + p.codebook_offset());
+  float* out = codebooks;
   const int64_t used = int64_t(1) << w.codebook_bits;
   for (int64_t c = 0; c < w.num_codebooks; ++c) {
     for (int64_t d = 0; d < w.vec_len; ++d) {
@@ -71,6 +104,7 @@ void pack_codebooks(const CodebookWeight& w, const PackedLayout& p, void* packed
       }
     }
   }
+  if (p.code_bytes == 1) pack_rounded(p, codebooks, base + p.rounded_offset());
 }
 
 void pack_blocks(const CodebookWeight& w, const PackedLayout& p, int64_t block_begin, int64_t block_end, void* packed) {

@@ -1,11 +1,9 @@
 // CodeGEMM, the part that no instruction set changes: which tokens, rows and entries are done when.
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
 
 #include "codebook.h"
+#include "codegemm_driver.h"
+#include "codegemm_fixed.h"
 #include "convert.h"
 #include "isa.h"
 
@@ -15,36 +13,14 @@ namespace {
 // fp32 sums of one pass over the weight, y and partial together: with the tables they should stay in L2.
 constexpr int64_t kSumFloats = 128 << 10;
 
+// Blocks whose codes stay in a cache while the second part of a tile's tables is looked up in.
+constexpr int64_t kChunkBlocks = 8;
+
 // Passes of a one-token kernel that share a tile of codes while it is in cache.
 constexpr int kMaxPasses = 16;
 
-// 64-byte aligned floats that a thread keeps between calls: fresh pages would cost as much as a small layer.
-class Scratch {
- public:
-  float* at_least(int64_t floats) {
-    if (floats > size_) {
-      const size_t bytes = (size_t(floats) * 4 + 63) / 64 * 64;
-      void* fresh = std::aligned_alloc(64, bytes);
-      if (fresh == nullptr) throw std::bad_alloc();
-      data_.reset(static_cast<float*>(fresh));
-      std::memset(fresh, 0, bytes);
-      size_ = floats;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
-  int64_t size_ = 0;
-};
-
 // Codes are asked for this many blocks before their turn: far enough for DRAM, near enough to stay in L1.
 constexpr int64_t kPrefetchBlocks = 2;
-
-int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // The kernel for `tokens` more tokens. It may take fewer of them, or have room for more, which are then zeros.
 // Thresholds: at 4096 x 4096, 2 bits, on a Zen 4 core, VBMI takes 0.4 ms a token, the 8-token kernel 2.5 ms at any
@@ -73,27 +49,6 @@ void load_x(const PackedLayout& p, const Io& io, Isa isa, int64_t m0, int width,
       std::fill(row, row + padded, 0.0f);
     }
     for (int64_t k = 0; k < padded; ++k) out[k * width] = row[k];
-  }
-}
-
-// y [passes][rows][width] fp32, plus bias, rounded once -> io.y[m0 + .., row0 : row0 + rows].
-void store_y(const PackedLayout& p, const Io& io, Isa isa, int64_t m0, int width, int passes, int64_t row0,
-             int64_t rows, int64_t row_stride, const float* y) {
-  constexpr int64_t kChunk = 512;
-  float sums[kChunk], bias[kChunk];
-  const int64_t bytes = dtype_bytes(io.dtype);
-  const int64_t tokens = std::min<int64_t>(io.M - m0, int64_t(width) * passes);
-  for (int64_t r = 0; r < rows; r += kChunk) {
-    const int64_t count = std::min(kChunk, rows - r), n = row0 + r;
-    if (io.bias != nullptr) load_floats(isa, io.dtype, static_cast<const char*>(io.bias) + n * bytes, count, bias);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float* from = y + (t / width * row_stride + r) * width + t % width;
-      for (int64_t i = 0; i < count; ++i) sums[i] = from[i * width];
-      if (io.bias != nullptr) {
-        for (int64_t i = 0; i < count; ++i) sums[i] += bias[i];
-      }
-      store_floats(isa, io.dtype, sums, count, static_cast<char*>(io.y) + ((m0 + t) * p.N + n) * bytes);
-    }
   }
 }
 
@@ -143,31 +98,39 @@ struct Pass {
     const int64_t block_bytes = codes_bytes + (tile_has_scales ? kBlockRows * p.scale_bytes : 0);
     const uint8_t* tile = packed + p.group_offset(g) + p.blocks * kBlockRows * e * p.code_bytes;
     GatherArgs gather{};
-    gather.tables = tables;
-    gather.entries = count;
     gather.table_entries = p.table_entries;
     gather.used_entries = 1 << p.codebook_bits;
     gather.code_bytes = p.code_bytes;
-    gather.first = e + s == 0;
-    gather.last = e + s + count == entries;
     gather.scale_dtype = p.scale_dtype;
-    for (int64_t block = block_begin; block < block_end; ++block) {
-      const uint8_t* at = tile + block * block_bytes;
-      const int64_t row = pass * rows() + (block - block_begin) * kBlockRows;
-      gather.codes = at + s * kBlockRows * p.code_bytes;
-      gather.next_codes = gather.codes + kPrefetchBlocks * block_bytes;
-      gather.scales = at + codes_bytes;
-      gather.partial = partial + row * width;
-      gather.y = y + row * width;
-      kernel.gather(gather);
+    for (int64_t chunk = block_begin; chunk < block_end; chunk += kChunkBlocks) {
+      for (int part = 0; part < count; part += kernel.gather_entries) {
+        gather.entries = std::min(kernel.gather_entries, count - part);
+        gather.tables = tables + int64_t(part) * p.table_entries * width;
+        gather.first = e + s + part == 0;
+        gather.last = e + s + part + gather.entries == entries;
+        for (int64_t block = chunk; block < std::min(block_end, chunk + kChunkBlocks); ++block) {
+          const uint8_t* at = tile + block * block_bytes;
+          const int64_t row = pass * rows() + (block - block_begin) * kBlockRows;
+          gather.codes = at + (s + part) * kBlockRows * p.code_bytes;
+          gather.next_codes = gather.codes + kPrefetchBlocks * block_bytes;
+          gather.scales = at + codes_bytes;
+          gather.partial = partial + row * width;
+          gather.y = y + row * width;
+          kernel.gather(gather);
+        }
+      }
     }
   }
 };
 
 }  // namespace
 
-void codegemm(const PackedLayout& p, const void* packed, const Io& io, Isa isa, int64_t block_begin,
+void codegemm(const PackedLayout& p, const void* packed, const Io& io, Isa isa, Accuracy accuracy, int64_t block_begin,
               int64_t block_end) {
+  if (const FixedKernel* kernel = fixed_kernel(p, isa, accuracy)) {
+    codegemm_fixed(p, packed, io, isa, *kernel, block_begin, block_end);
+    return;
+  }
   static thread_local Scratch scratch;
   const int64_t padded = p.J * p.vec_len;
   for (int64_t m0 = 0, step = 0; m0 < io.M; m0 += step) {

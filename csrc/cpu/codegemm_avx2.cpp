@@ -98,9 +98,9 @@ void gather_one(const GatherArgs& a) { a.code_bytes == 1 ? gather_one_of<uint8_t
 
 }  // namespace
 
-const CodegemmKernel kCodegemmAvx2{1, 16, build_one, gather_one};
-const CodegemmKernel kCodegemmAvx2x4{4, 8, build_lanes<Lanes4>, gather_lanes<Lanes4>};
-const CodegemmKernel kCodegemmAvx2x8{8, 8, build_lanes<Lanes8>, gather_lanes<Lanes8>};
+const CodegemmKernel kCodegemmAvx2{1, 16, 16, build_one, gather_one};
+const CodegemmKernel kCodegemmAvx2x4{4, 8, 8, build_lanes<Lanes4>, gather_lanes<Lanes4>};
+const CodegemmKernel kCodegemmAvx2x8{8, 8, 8, build_lanes<Lanes8>, gather_lanes<Lanes8>};
 
 }  // namespace lutgemm
 

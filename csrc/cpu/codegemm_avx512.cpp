@@ -26,7 +26,7 @@ struct Lanes16 {
 
 }  // namespace
 
-const CodegemmKernel kCodegemmAvx512x16{16, 16, build_lanes<Lanes16>, gather_lanes<Lanes16>};
+const CodegemmKernel kCodegemmAvx512x16{16, 16, 16, build_lanes<Lanes16>, gather_lanes<Lanes16>};
 
 }  // namespace lutgemm
 

@@ -47,6 +47,6 @@ void gather(const GatherArgs& a) { a.code_bytes == 1 ? gather_codes<uint8_t>(a) 
 
 }  // namespace
 
-const CodegemmKernel kCodegemmScalar{1, 16, build, gather};
+const CodegemmKernel kCodegemmScalar{1, 16, 16, build, gather};
 
 }  // namespace lutgemm

@@ -16,14 +16,14 @@
 #include "convert.h"
 
 LUTGEMM_TARGET_AVX512VBMI_BEGIN
+#include "codegemm_planes_vbmi.h"
 
 namespace lutgemm {
 namespace {
 
 // Reads ahead in the stream of codes: far enough for DRAM, near enough to still be in L1 when it is used.
-constexpr int kPrefetchBytes = 4096;
+constexpr int kPrefetchBytes = 16 << 10;
 
-constexpr int kPlaneBytes = 256;
 constexpr int kTableBytes = 4 * kPlaneBytes;
 
 // vpermi2b index: bytes p and p + 1 of the 32 dwords in two vectors, 32 of the one, then 32 of the other.
@@ -71,15 +71,6 @@ void build(const BuildArgs& a) {
   }
 }
 
-// Bytes of one plane for 64 codes. kVectors = 4 for 8-bit codes, 2 for 7, 1 for 6 and fewer.
-template <int kVectors>
-__m512i look_up(const __m512i* plane, __m512i codes, __mmask64 upper) {
-  if constexpr (kVectors == 1) return _mm512_permutexvar_epi8(codes, plane[0]);
-  const __m512i low = _mm512_permutex2var_epi8(plane[0], codes, plane[1]);
-  if constexpr (kVectors == 2) return low;
-  return _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(plane[2], codes, plane[3]));
-}
-
 __m512 load_scales16(const GatherArgs& a, int row) {
   if (a.scale_dtype == DType::kFloat32) return _mm512_loadu_ps(static_cast<const float*>(a.scales) + row);
   const __m256i raw =
@@ -90,7 +81,6 @@ __m512 load_scales16(const GatherArgs& a, int row) {
 
 template <int kVectors>
 void gather_block(const GatherArgs& a) {
-  constexpr int kHalves = kBlockRows / 64;
   __m512 sum[kHalves][4];
   for (int h = 0; h < kHalves; ++h) {
     for (int v = 0; v < 4; ++v) {
@@ -100,22 +90,15 @@ void gather_block(const GatherArgs& a) {
   const uint8_t* row_codes = a.codes;
   const uint8_t* table = static_cast<const uint8_t*>(a.tables);
   for (int e = 0; e < a.entries; ++e, row_codes += kBlockRows, table += kTableBytes) {
-    __m512i codes[kHalves], bytes[kHalves][4];
-    __mmask64 upper[kHalves];
+    __m512i bytes[4][kHalves];
+    look_up<4, kVectors>(row_codes, table, bytes);
     for (int h = 0; h < kHalves; ++h) {
-      codes[h] = _mm512_loadu_si512(row_codes + h * 64);
-      upper[h] = _mm512_movepi8_mask(codes[h]);
-      _mm_prefetch(reinterpret_cast<const char*>(row_codes) + h * 64 + kPrefetchBytes, _MM_HINT_T0);
-    }
-    for (int b = 0; b < 4; ++b) {
-      __m512i plane[kVectors];
-      for (int v = 0; v < kVectors; ++v) plane[v] = _mm512_loadu_si512(table + b * kPlaneBytes + v * 64);
-      for (int h = 0; h < kHalves; ++h) bytes[h][b] = look_up<kVectors>(plane, codes[h], upper[h]);
+      _mm_prefetch(reinterpret_cast<const char*>(row_codes) + h * 64 + kPrefetchBytes, _MM_HINT_T1);
     }
     for (int h = 0; h < kHalves; ++h) {
-      const __m512i* b = bytes[h];
-      const __m512i low[2] = {_mm512_unpacklo_epi8(b[0], b[1]), _mm512_unpackhi_epi8(b[0], b[1])};
-      const __m512i high[2] = {_mm512_unpacklo_epi8(b[2], b[3]), _mm512_unpackhi_epi8(b[2], b[3])};
+      const __m512i b0 = bytes[0][h], b1 = bytes[1][h], b2 = bytes[2][h], b3 = bytes[3][h];
+      const __m512i low[2] = {_mm512_unpacklo_epi8(b0, b1), _mm512_unpackhi_epi8(b0, b1)};
+      const __m512i high[2] = {_mm512_unpacklo_epi8(b2, b3), _mm512_unpackhi_epi8(b2, b3)};
       for (int v = 0; v < 4; v += 2) {
         const __m512i even = _mm512_unpacklo_epi16(low[v / 2], high[v / 2]);
         const __m512i odd = _mm512_unpackhi_epi16(low[v / 2], high[v / 2]);
@@ -148,7 +131,7 @@ void gather(const GatherArgs& a) {
 
 }  // namespace
 
-const CodegemmKernel kCodegemmVbmi{1, 16, build, gather};
+const CodegemmKernel kCodegemmVbmi{1, kTileEntries, 16, build, gather};
 
 }  // namespace lutgemm
 

@@ -19,9 +19,9 @@
 namespace lutgemm {
 namespace {
 
-// How long a helper stays awake for the next call, giving way to whoever wants the CPU: the next layer of a model comes
-// within it, and waking a thread takes some 30 us.
-constexpr std::chrono::microseconds kAwake{100};
+// How long a helper stays awake for the next call: the next layer of a model comes within it, and waking a thread takes
+// some 30 us. At first it holds its CPU, since who gives way to a busy program may not be back for 4 ms; then it does.
+constexpr std::chrono::microseconds kHolding{30}, kAwake{100};
 
 struct Task {
   Task(ItemBody body, const void* context, int64_t count) : body(body), context(context), count(count) {}
@@ -96,8 +96,10 @@ class Helpers {
           if (--inside_ == 0) left_.notify_one();
         }
         lock.unlock();
-        const auto until = std::chrono::steady_clock::now() + kAwake;
-        while (calls_ == seen && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+        const auto start = std::chrono::steady_clock::now();
+        for (auto now = start; calls_ == seen && now - start < kAwake; now = std::chrono::steady_clock::now()) {
+          if (now - start > kHolding) std::this_thread::yield();
+        }
         lock.lock();
       }
     }

@@ -66,13 +66,13 @@ def look_up_cost(problem: Problem) -> float:
     return 8 * problem.planes / problem.vec_len * 2.0 ** (max(0, problem.codebook_bits - 8) / 2)
 
 
-def choose_on_cpu(problem: Problem, integer_tables: bool = False) -> str:
-    """The algorithm of the first row of `CPU_THRESHOLDS` that `problem` fits, or "dequantize".
+def choose_on_cpu(problem: Problem, integer_tables: bool = False, rows: tuple[Threshold, ...] = CPU_THRESHOLDS) -> str:
+    """The algorithm of the first of `rows` that `problem` fits, or "dequantize".
 
     integer_tables: whether the look-up kernels for it are those of integer tables.
     """
     cost = look_up_cost(problem)
-    for row in CPU_THRESHOLDS:
+    for row in rows:
         if row.op != problem.op or row.integer_tables != integer_tables:
             continue
         tokens = row.max_tokens_bf16 if problem.dtype == torch.bfloat16 else row.max_tokens

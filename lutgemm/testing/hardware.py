@@ -28,6 +28,12 @@ def cpu_name() -> str:
     return _cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
+def cpu_model() -> str:
+    """The name with family and model, where the system tells: virtual machines give many processors one name."""
+    numbers = [f"{key.split()[-1]} {_cpu_info()[key]}" for key in ("cpu family", "model") if key in _cpu_info()]
+    return f"{cpu_name()} ({' '.join(numbers)})" if numbers else cpu_name()
+
+
 def cpu_flags() -> set[str]:
     """The processor's features by their Linux names, such as `avx2`."""
     return set(_cpu_info().get("flags", _cpu_info().get("Features", "")).split())
