@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._plain import is_plain
 from .accuracy import AUTO, resolve_accuracy
-from .backends import Kernel, Problem, select
+from .backends import Kernel, Problem, generation, select
 from .errors import ArgumentError
 from .formats import BCQWeight, CodebookWeight, QuantizedWeight
 from .gradients import bcq_gradients, codebook_gradients
@@ -159,7 +159,7 @@ def bcq_choice(
     x: Tensor, weight: BCQWeight, backend: str = AUTO, algorithm: str = AUTO, accuracy: str = AUTO
 ) -> Choice:
     """Who computes `bcq_linear` of x `[M, K]`; kept with the weight where M is small."""
-    key = (x.shape[0], x.dtype, backend, algorithm, accuracy)
+    key = (x.shape[0], x.dtype, backend, algorithm, accuracy, generation[0])
     choice: Choice | None = weight.choices.get(key)
     if choice is None:
         head = (x, weight.codes, weight.group_size, weight.scale_kind)
@@ -169,7 +169,7 @@ def bcq_choice(
 
 def codebook_choice(x: Tensor, weight: CodebookWeight, backend: str, algorithm: str, accuracy: str) -> Choice:
     """Who computes `codebook_linear` of x `[M, K]`; kept with the weight where M is small."""
-    key = (x.shape[0], x.dtype, backend, algorithm, accuracy)
+    key = (x.shape[0], x.dtype, backend, algorithm, accuracy, generation[0])
     choice: Choice | None = weight.choices.get(key)
     if choice is None:
         head = (x, weight.codes, weight.codebooks, weight.group_size)

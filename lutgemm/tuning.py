@@ -23,7 +23,6 @@ from .accuracy import ACCURACIES, DEFAULT, EXACT
 from .backends import Problem, cpu, tuned
 from .backends.heuristics import NO_CROSSING, Threshold, look_up_cost
 from .errors import BackendError
-from .formats import QuantizedWeight
 from .ops import linear
 from .testing.cases import OpCase
 from .testing.hardware import cpu_model
@@ -40,7 +39,7 @@ CODEBOOKS = ((1, 8), (1, 4), (2, 4), (4, 4), (4, 2))
 """num_codebooks and vec_len, 8 bits each: costs of 1, 2, 4, 8 and 16."""
 FEW_TOKENS = (1, 2, 3, 4, 6, 8)
 MANY_TOKENS = (16, 32, 64)
-"""M at which `lut_gemm`, and `dequantize`, is compared; multiples of the 16 tokens that look-up kernels take at once."""
+"""M at which `lut_gemm`, and `dequantize`, is compared; these are whole passes of the look-up kernels, of 16 tokens."""
 LONGEST = 4096
 """Lines that cross beyond this many tokens are not known to cross: the threshold is `NO_CROSSING`."""
 
@@ -117,7 +116,8 @@ def falling(tokens: Sequence[int]) -> list[int]:
     for value in tokens:
         pools.append([math.log(min(value, ceiling) + 1)])
         while len(pools) > 1 and statistics.fmean(pools[-2]) < statistics.fmean(pools[-1]):
-            pools[-2] += pools.pop()
+            last = pools.pop()
+            pools[-1].extend(last)
     means = [round(math.exp(statistics.fmean(pool))) - 1 for pool in pools for _ in pool]
     return [NO_CROSSING if mean > LONGEST else mean for mean in means]
 
@@ -152,9 +152,9 @@ def measure_weight(case: OpCase, seconds: float) -> Times:
         for algorithm in cpu.BACKEND.algorithms[case.op]:
             exact = {False: ACCURACIES[EXACT]}  # `dequantize` has no tables
             for integer, accuracy in (_accuracies(case) if algorithm != "dequantize" else exact).items():
-                choice = {"backend": cpu.BACKEND.name, "algorithm": algorithm, "accuracy": accuracy}
+                call = partial(linear, backend=cpu.BACKEND.name, algorithm=algorithm, accuracy=accuracy)
                 for m in _tokens(case.op, algorithm):
-                    calls[Timed(algorithm, integer, dtype, m)] = [partial(linear, xs[m], weight, **choice)]
+                    calls[Timed(algorithm, integer, dtype, m)] = [partial(call, xs[m], weight)]
     # Other processes only ever add to a time, and on a shared machine to many: hence no median.
     return {name: timing.p10_us for name, timing in time_interleaved(calls, seconds).items()}
 
@@ -200,19 +200,20 @@ def _many_tokens(times: Mapping[int, float]) -> dict[int, float]:
 
 def _few_token_row(studies: Sequence[Study], integer: bool, device: str, date: str) -> Threshold:
     """The row of `lut_gemm`: one for all bits, by the mean ratio of its time to that of `biqgemm`."""
-    tokens = []
+    tokens: list[int] = []
     for dtype in DTYPES:
         pairs = [(_times(s, "lut_gemm", integer, dtype), _times(s, "biqgemm", integer, dtype)) for s in studies]
         ratios = {m: statistics.geometric_mean(few[m] / many[m] for few, many in pairs) for m in FEW_TOKENS}
         tokens.append(last_win(ratios))
-    return Threshold("bcq_linear", "lut_gemm", max(s.cost for s in studies), *tokens, integer, device, date)
+    plain, narrow = tokens
+    return Threshold("bcq_linear", "lut_gemm", max(s.cost for s in studies), plain, narrow, integer, device, date)
 
 
 def _look_up_rows(
     studies: Sequence[Study], op: str, algorithm: str, integer: bool, device: str, date: str
 ) -> list[Threshold]:
     """The rows of the look-up algorithm for many tokens, from the least cost to the largest."""
-    tokens = []
+    tokens: list[list[int]] = []
     for dtype in DTYPES:
         found = []
         for study in studies:
@@ -253,7 +254,8 @@ def measure(
     if reason := cpu.BACKEND.unavailable():
         raise BackendError(f"there is nothing to measure, the CPU backend cannot run: {reason}")
     model, isa, date = cpu_model(), cpu.isa(), datetime.date.today().isoformat()
-    end, studies = time.perf_counter() + seconds, []
+    studies: list[Study] = []
+    end = time.perf_counter() + seconds
     with torch_threads(threads) as count:
         for case in progress(weights):
             left = (end - time.perf_counter()) / (len(weights) - len(studies))

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lutgemm
 from lutgemm import ops
+from lutgemm.backends import forget_choices
 from lutgemm.nn import QuantizedLinear
 from lutgemm.ops import linear
 from lutgemm.testing.cases import CASES, OpCase
@@ -143,6 +144,7 @@ def test_functorch(layer, past):
     assert past == [True, False, False, True, False]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated")
 def test_jit_traces_hold_an_operator(layer):
     with torch.no_grad():
         traced = torch.jit.trace(layer, X, check_trace=False)
@@ -166,6 +168,10 @@ def test_choices_are_kept_for_few_tokens_only(layer):
     with torch.no_grad():
         layer(torch.zeros(1, 72))
     assert len(choices) == 3
+    forget_choices()
+    with torch.no_grad():
+        layer(torch.zeros(1, 72))
+    assert len(choices) == 4
     with pytest.raises(lutgemm.ArgumentError, match="accuracy='best' is unknown"), torch.no_grad():
         linear(X, layer.weight_record, accuracy="best")
 

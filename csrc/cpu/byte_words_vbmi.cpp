@@ -18,6 +18,10 @@ namespace {
 using namespace avx512;
 
 constexpr int kTokensAtOnce = 4;
+
+// Up to so many tokens the sums leave registers for unpacking indices on the way, which costs less than storing them.
+constexpr int64_t kMostPacked = 3;
+
 constexpr int64_t kIndexBytes = 128;  // of one look-up: 64 rows' words
 
 // The code bytes of a slice, unfolded (byte_layout.h): bit i < 7 becomes bit i ^ bit 7, and bit 7 is inverted. Rows of
@@ -71,37 +75,108 @@ struct Prefetch {
 struct Block {
   alignas(64) uint8_t indices[kMaxBits][kSpanWordLookUps * kIndexBytes];
   alignas(64) float planes[kMaxBits][kByteRows];
-  alignas(64) float sum_term[kByteRows], finish[kByteRows];
+  alignas(64) float sum_term[kByteRows];
 };
+
+constexpr int64_t kTokenEntries = kSpanWordLookUps * kWordEntries;
+
+// Look-ups of one table for all rows, planes and tokens. tables: of the first token.
+template <int kPlanes, int kTokens>
+inline void look_up(const int16_t* tables, const __m512i (&index)[kPlanes][2], __m512i (&dot)[kTokens][kPlanes][2]) {
+#pragma GCC unroll 4
+  for (int m = 0; m < kTokens; ++m) {
+    const __m512i t0 = _mm512_load_si512(tables + m * kTokenEntries);
+    const __m512i t1 = _mm512_load_si512(tables + m * kTokenEntries + 32);
+#pragma GCC unroll 3
+    for (int p = 0; p < kPlanes; ++p) {
+      dot[m][p][0] = _mm512_add_epi16(dot[m][p][0], _mm512_permutex2var_epi16(t0, index[p][0], t1));
+      dot[m][p][1] = _mm512_add_epi16(dot[m][p][1], _mm512_permutex2var_epi16(t0, index[p][1], t1));
+    }
+  }
+}
+
+template <int kPlanes>
+inline void shift(const __m512i (&from)[kPlanes][2], unsigned count, __m512i (&to)[kPlanes][2]) {
+#pragma GCC unroll 3
+  for (int p = 0; p < kPlanes; ++p) {
+    to[p][0] = _mm512_srli_epi16(from[p][0], count);
+    to[p][1] = _mm512_srli_epi16(from[p][1], count);
+  }
+}
+
+// The look-ups of a span, indices read as `unpack_indices` left them.
+template <int kPlanes, int kTokens>
+inline void look_up_unpacked(const WordTask& task, const Block& block, int first, const int16_t* tables,
+                             Prefetch& prefetch, __m512i (&dot)[kTokens][kPlanes][2]) {
+  const int64_t look_ups = word_look_ups(task.slices);
+  for (int64_t j = 0; j < look_ups; ++j, tables += kWordEntries) {
+    __m512i index[kPlanes][2];
+#pragma GCC unroll 3
+    for (int p = 0; p < kPlanes; ++p) {
+      prefetch.next();
+      index[p][0] = _mm512_load_si512(block.indices[first + p] + j * kIndexBytes);
+      index[p][1] = _mm512_load_si512(block.indices[first + p] + j * kIndexBytes + 64);
+    }
+    look_up(tables, index, dot);
+  }
+}
+
+// The same with indices unpacked on the way, which saves storing them.
+template <int kPlanes, int kTokens>
+inline void look_up_packed(const WordTask& task, int first, const int16_t* tables, Prefetch& prefetch,
+                           __m512i (&dot)[kTokens][kPlanes][2]) {
+  const int64_t slice_bytes = task.weight->bits * kByteRows;
+  const uint8_t* codes = task.piece.codes + first * kByteRows;
+  __m512i ab[kPlanes][2], bc[kPlanes][2];
+  int64_t j = 0;
+  for (; j + 3 <= task.slices; j += 3, codes += 3 * slice_bytes, tables += 4 * kWordEntries) {
+#pragma GCC unroll 3
+    for (int p = 0; p < kPlanes; ++p) {
+      for (int i = 0; i < 4; ++i) prefetch.next();
+      const uint8_t* at = codes + p * kByteRows;
+      const __m512i a = load_codes(at), b = load_codes(at + slice_bytes), c = load_codes(at + 2 * slice_bytes);
+      ab[p][0] = _mm512_unpacklo_epi8(a, b);
+      ab[p][1] = _mm512_unpackhi_epi8(a, b);
+      bc[p][0] = _mm512_unpacklo_epi8(b, c);
+      bc[p][1] = _mm512_unpackhi_epi8(b, c);
+    }
+    look_up(tables, ab, dot);
+    shift(ab, 6, ab);
+    look_up(tables + kWordEntries, ab, dot);
+    shift(bc, 4, bc);
+    look_up(tables + 2 * kWordEntries, bc, dot);
+    shift(bc, 6, bc);
+    look_up(tables + 3 * kWordEntries, bc, dot);
+  }
+  if (j == task.slices) return;
+  const bool two = j + 2 == task.slices;
+#pragma GCC unroll 3
+  for (int p = 0; p < kPlanes; ++p) {
+    const uint8_t* at = codes + p * kByteRows;
+    const __m512i a = load_codes(at), b = two ? load_codes(at + slice_bytes) : _mm512_setzero_si512();
+    ab[p][0] = _mm512_unpacklo_epi8(a, b);
+    ab[p][1] = _mm512_unpackhi_epi8(a, b);
+  }
+  look_up(tables, ab, dot);
+  shift(ab, 6, ab);
+  look_up(tables + kWordEntries, ab, dot);
+  if (!two) return;
+  shift(ab, 6, ab);
+  look_up(tables + 2 * kWordEntries, ab, dot);
+}
 
 // y of kTokens tokens += planes first .. first + kPlanes - 1.
 template <int kPlanes, int kTokens>
 inline void add_planes(const WordTask& task, const Block& block, int first, int64_t m0, Prefetch& prefetch) {
-  constexpr int64_t kTokenEntries = kSpanWordLookUps * kWordEntries;
   __m512i dot[kTokens][kPlanes][2];
   for (auto& token : dot) {
     for (auto& plane : token) plane[0] = plane[1] = _mm512_set1_epi16(int16_t(0x8000));
   }
   const int16_t* tables = task.tables + m0 * kTokenEntries;
-  const int64_t look_ups = word_look_ups(task.slices);
-  for (int64_t j = 0; j < look_ups; ++j, tables += kWordEntries) {
-    for (int p = 0; p < kPlanes; ++p) prefetch.next();
-    __m512i index[kPlanes][2];
-#pragma GCC unroll 3
-    for (int p = 0; p < kPlanes; ++p) {
-      index[p][0] = _mm512_load_si512(block.indices[first + p] + j * kIndexBytes);
-      index[p][1] = _mm512_load_si512(block.indices[first + p] + j * kIndexBytes + 64);
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < kTokens; ++m) {
-      const __m512i t0 = _mm512_load_si512(tables + m * kTokenEntries);
-      const __m512i t1 = _mm512_load_si512(tables + m * kTokenEntries + 32);
-#pragma GCC unroll 3
-      for (int p = 0; p < kPlanes; ++p) {
-        dot[m][p][0] = _mm512_add_epi16(dot[m][p][0], _mm512_permutex2var_epi16(t0, index[p][0], t1));
-        dot[m][p][1] = _mm512_add_epi16(dot[m][p][1], _mm512_permutex2var_epi16(t0, index[p][1], t1));
-      }
-    }
+  if (task.tokens > kMostPacked) {
+    look_up_unpacked(task, block, first, tables, prefetch, dot);
+  } else {
+    look_up_packed(task, first, tables, prefetch, dot);
   }
 #pragma GCC unroll 4
   for (int m = 0; m < kTokens; ++m) {
@@ -181,7 +256,7 @@ void add_word_span(const WordTask& task) {
       _mm512_store_ps(block.sum_term + r * kLanes, _mm512_mul_ps(unit, scales.sum_term(r)));
     }
   }
-  for (int b = 0; b < task.weight->bits; ++b) {
+  for (int b = 0; b < task.weight->bits && task.tokens > kMostPacked; ++b) {
     unpack_indices(task.piece.codes + b * kByteRows, task.slices, slice_bytes, block.indices[b]);
   }
   if (scales.has_sum_term()) {

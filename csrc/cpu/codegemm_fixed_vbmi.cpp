@@ -365,7 +365,8 @@ void gather_block(const FixedGatherArgs& a) {
     for (int b = 0; b < kPlanes; ++b) upper.add(b, found[b][0]), lower.add(b, found[b][1]);
   }
   if (a.last) {
-    for (int i = 0; i < kBlockRows * 2; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+    const int scale_bytes = kBlockRows * (a.scale_dtype == DType::kFloat32 ? 4 : 2);
+    for (int i = 0; i < scale_bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
   }
   if (a.first) {
     a.last ? flush<kBits, true, true>(a, upper, lower) : flush<kBits, true, false>(a, upper, lower);

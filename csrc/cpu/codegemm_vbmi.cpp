@@ -21,8 +21,9 @@ LUTGEMM_TARGET_AVX512VBMI_BEGIN
 namespace lutgemm {
 namespace {
 
-// Reads ahead in the stream of codes: far enough for DRAM, near enough to still be in L1 when it is used.
-constexpr int kPrefetchBytes = 16 << 10;
+// Reads ahead in the stream of codes, into L2: the eight blocks after which the driver turns to the next part of a
+// tile.
+constexpr int kPrefetchBytes = 34 << 10;
 
 constexpr int kTableBytes = 4 * kPlaneBytes;
 
@@ -106,6 +107,11 @@ void gather_block(const GatherArgs& a) {
         sum[h][v + 1] = _mm512_add_ps(sum[h][v + 1], _mm512_castsi512_ps(odd));
       }
     }
+  }
+  if (a.last) {
+    const int scale_bytes = kBlockRows * (a.scale_dtype == DType::kFloat32 ? 4 : 2);
+    const char* next = static_cast<const char*>(a.scales) + kPrefetchBytes;
+    for (int i = 0; i < scale_bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
   }
   for (int h = 0; h < kHalves; ++h) {
     for (int v = 0; v < 4; ++v) {

@@ -124,6 +124,16 @@ def select(problem: Problem, backend: str = AUTO, algorithm: str = AUTO) -> tupl
     raise BackendError(f"backend={backend!r}, algorithm={algorithm!r} cannot run {problem}: {reasons}")
 
 
+generation = [0]
+"""How often `forget_choices` was called: part of the key under which a choice is kept elsewhere."""
+
+
+def forget_choices() -> None:
+    """Let every call choose anew: after a change of the backends, their settings or their thresholds."""
+    select.cache_clear()
+    generation[0] += 1
+
+
 @lru_cache(maxsize=64)
 def _warn_slow(refusal: tuple[str, Reason]) -> None:
     name, reason = refusal

@@ -25,6 +25,7 @@ FORMAT = "lutgemm-tuned-cpu"
 FORMAT_VERSION = 1
 FILE_LIMIT = 1 << 20
 """Largest accepted file in bytes; an entry takes some 5000."""
+MAX_ENTRIES = 64
 MAX_ROWS = 256
 REMEDY = "run `lutgemm tune` again, or delete the file"
 
@@ -47,12 +48,13 @@ class Entry:
     rows: tuple[Threshold, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as JSON values; null stands for `NO_CROSSING`."""
+        """The entry as JSON values."""
         head = {name: getattr(self, name) for name in (*KEY, "lutgemm", "torch", "date", "size")}
-        return head | {"rows": [_row_to_json(row) for row in self.rows]}
+        return head | {"rows": [row_to_json(row) for row in self.rows]}
 
 
-def _row_to_json(row: Threshold) -> dict[str, Any]:
+def row_to_json(row: Threshold) -> dict[str, Any]:
+    """A row as JSON values; null stands for `NO_CROSSING`."""
     return {
         "op": row.op,
         "algorithm": row.algorithm,
@@ -134,7 +136,7 @@ def _tokens(row: Mapping[str, Any], name: str) -> int:
 def _row(row: Any, device: str, date: str) -> Threshold:
     from .cpu import BACKEND
 
-    fields = set(_row_to_json(CPU_THRESHOLDS[0]))
+    fields = set(row_to_json(CPU_THRESHOLDS[0]))
     if not isinstance(row, dict) or set(row) != fields:
         raise _Unbelievable(f"a row has other fields than {sorted(fields)}")
     op, algorithm, cost, integer = (row[name] for name in ("op", "algorithm", "max_cost", "integer_tables"))
@@ -164,7 +166,7 @@ def entry_from_json(entry: Mapping[str, Any], path: Path) -> Entry:
 
 
 def find(isa: str, threads: int) -> Entry | None:
-    """The entry for this processor, whatever version of lutgemm measured it. Raises `CheckpointError` for a bad file."""
+    """The entry for this processor, of any version of lutgemm, or None. Raises `CheckpointError` for a bad file."""
     from ..testing.hardware import cpu_model
 
     path = cache_file()
@@ -175,6 +177,52 @@ def find(isa: str, threads: int) -> Entry | None:
         if tuple(entry.get(name) for name in KEY) == key:
             return entry_from_json(entry, path)
     return None
+
+
+def _write(path: Path, entries: list[dict[str, Any]]) -> None:
+    from ..checkpoint.atomic import write_file
+    from ..checkpoint.json_file import dump_json
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, dump_json({"format": FORMAT, "version": FORMAT_VERSION, "entries": entries}))
+    except (OSError, CheckpointError) as error:
+        cause = error.__cause__ or error
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        remedy = "set XDG_CACHE_HOME to a folder with room that you may write to, or use --dry-run"
+        raise CheckpointError(f"{path}: cannot be written: {reason}; {remedy}") from error
+
+
+def save(path: Path, entry: Entry) -> None:
+    """Put the entry into the file, in place of one for the same processor, instruction set and threads.
+
+    A file that cannot be read is replaced. Raises `CheckpointError` when it cannot be written.
+    """
+    try:
+        entries = read_entries(path)
+    except CheckpointError:
+        entries = []
+    key = tuple(getattr(entry, name) for name in KEY)
+    others = [old for old in entries if tuple(old.get(name) for name in KEY) != key]
+    _write(path, [*others[-MAX_ENTRIES + 1 :], entry.to_json()])
+
+
+def reset(path: Path, cpu: str, dry_run: bool = False) -> int:
+    """Remove what was measured on this processor, and the file when nothing is left or it cannot be read.
+
+    Returns how many entries went. dry_run: how many would. Raises `CheckpointError` when the file cannot be changed.
+    """
+    try:
+        entries = read_entries(path)
+        kept = [entry for entry in entries if entry.get("cpu") != cpu]
+    except CheckpointError:
+        entries, kept = [{}], []
+    if not dry_run and len(kept) < len(entries):
+        if kept:
+            _write(path, kept)
+        else:
+            path.unlink(missing_ok=True)
+    return len(entries) - len(kept)
 
 
 @lru_cache(maxsize=1)
@@ -204,12 +252,12 @@ def rows(isa: str, threads: int) -> tuple[Threshold, ...]:
 
 
 def forget() -> None:
-    """Have the file and `LUTGEMM_TUNED` read again, and every choice made again that was not kept with a weight."""
-    from . import select
+    """Have the file and `LUTGEMM_TUNED` read again, and every choice made again."""
+    from . import forget_choices
 
     rows.cache_clear()
     _warn.cache_clear()
-    select.cache_clear()
+    forget_choices()
 
 
 def status(isa: str, threads: int) -> str:

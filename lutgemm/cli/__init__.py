@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "eval": "perplexity of a model on a text file",
     "generate": "text from a prompt",
     "bench": "time the kernels against torch",
+    "tune": "measure on this machine which kernel is the fastest when",
     "env": "show versions, backends and why one is missing",
     "demo": "quantize a real language model and show what it gains and loses",
 }
