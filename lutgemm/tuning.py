@@ -11,6 +11,7 @@ import datetime
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,15 +39,15 @@ BITS = (1, 2, 3, 4, 6, 8)
 CODEBOOKS = ((1, 8), (1, 4), (2, 4), (4, 4), (4, 2))
 """num_codebooks and vec_len, 8 bits each: costs of 1, 2, 4, 8 and 16."""
 FEW_TOKENS = (1, 2, 3, 4, 6, 8)
-MANY_TOKENS = (16, 32, 64)
+MANY_TOKENS = (16, 48, 128)
 """M at which `lut_gemm`, and `dequantize`, is compared; these are whole passes of the look-up kernels, of 16 tokens."""
 LONGEST = 4096
 """Lines that cross beyond this many tokens are not known to cross: the threshold is `NO_CROSSING`."""
 
 DTYPES = (torch.float32, torch.bfloat16)
-ROUND_CALLS = 20
-"""One round over all timings of a weight takes about as long as so many times `biqgemm` and `dequantize` at 64 tokens
-and 4 bits."""
+ROUND_CALLS = 12
+"""One round over all timings of a weight takes about as long as so many times `biqgemm` and `dequantize` at the most
+tokens and 4 bits."""
 ROUNDS = 2
 
 
@@ -175,9 +176,7 @@ def _seconds_of_a_round(size: int) -> float:
     for algorithm in ("biqgemm", "dequantize"):
         call = partial(linear, inputs.x, inputs.weight, algorithm=algorithm, accuracy=ACCURACIES[EXACT])
         call()
-        start = time.perf_counter()
-        call()
-        total += time.perf_counter() - start
+        total += min(timeit.repeat(call, number=1, repeat=3))
     return ROUND_CALLS * total * (size / small) ** 2
 
 

@@ -1,12 +1,13 @@
 """Options `--require` and `--backend`, and the `run` fixture: every case x every backend, ISA, algorithm."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from lutgemm.backends import registry
+from lutgemm.backends import registry, tuned
 from lutgemm.ops import linear
 from lutgemm.testing.cases import CASES, Inputs, OpCase
 from lutgemm.testing.targets import Target, absent, targets
@@ -27,6 +28,7 @@ def backend_names(config: pytest.Config, option: str) -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # fixtures of a module too; see `one_thread`
+    os.environ[tuned.VARIABLE] = "0"  # what the user's machine was tuned to is no business of the tests
     config.addinivalue_line("markers", "cases(list): the OpCases that the `run` fixture iterates (default: all)")
     for option in ("--require", "--backend"):
         for name in backend_names(config, option):

@@ -216,7 +216,7 @@ template <Accuracy kAccuracy>
 void add_span(const ByteTask& task) {
   constexpr bool kWide = kAccuracy == Accuracy::kNearExact;
   if (task.blocks == 1) return add_blocks<kAccuracy, 1, 4>(task);
-  if (task.weight->bits <= (kWide ? 2 : 3)) return add_blocks<kAccuracy, 2, kWide ? 2 : 3>(task);
+  if (task.weight->bits <= (kWide ? 2 : 4)) return add_blocks<kAccuracy, 2, kWide ? 2 : 4>(task);
   for (int i = 0; i < 2; ++i) {
     ByteTask one = task;
     one.blocks = 1;

@@ -71,15 +71,15 @@ def _table(entry: tuned.Entry, before: Sequence[Threshold]) -> list[str]:
     lines = [
         f"tokens (M) up to which an algorithm is taken on {entry.cpu}, {entry.isa}, threads: {entry.threads}",
         "",
-        f"{'':<33}{'':<9}{'fp32, fp16':>16}{'bf16':>16}",
-        f"{'algorithm':<11}{'cost up to':<22}{'tables':<9}{'before':>9}{'now':>7}{'before':>9}{'now':>7}",
+        f"{'':<35}{'':<9}{'fp32, fp16':>16}{'bf16':>16}",
+        f"{'algorithm':<11}{'cost up to':<24}{'tables':<9}{'before':>9}{'now':>7}{'before':>9}{'now':>7}",
     ]
     for row in entry.rows:
         cost = f"{row.max_cost:g} " + ("bits" if row.op == "bcq_linear" else "codes for 8 weights")
         old, old_narrow = map(_shown, tokens_before(before, row))
         now, narrow = _shown(row.max_tokens), _shown(row.max_tokens_bf16)
         tables = "integer" if row.integer_tables else "fp32"
-        lines.append(f"{row.algorithm:<11}{cost:<22}{tables:<9}{old:>9}{now:>7}{old_narrow:>9}{narrow:>7}")
+        lines.append(f"{row.algorithm:<11}{cost:<24}{tables:<9}{old:>9}{now:>7}{old_narrow:>9}{narrow:>7}")
     return lines
 
 
@@ -90,7 +90,8 @@ def _reset(path: Path, args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         verb = "would be removed from" if args.dry_run else "removed from"
-        sys.stdout.write(f"{count} entries {verb} {path}\n" if count else f"nothing to remove from {path}\n")
+        entries = f"{count} {'entry' if count == 1 else 'entries'}"
+        sys.stdout.write(f"{entries} {verb} {path}\n" if count else f"nothing to remove from {path}\n")
     tuned.forget()
     return 0
 
