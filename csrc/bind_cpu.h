@@ -34,7 +34,7 @@ constexpr int64_t kMaxFeatures = int64_t(1) << 24;
 // Throws std::runtime_error (RuntimeError in Python) of the joined text unless `ok`.
 template <class... Text>
 inline void check(bool ok, const Text&... text) {
-  if (ok) return;
+  if (__builtin_expect(ok, true)) return;
   std::ostringstream message;
   ((message << text), ...);
   throw std::runtime_error(message.str());
@@ -48,20 +48,34 @@ inline std::string shape_text(const Tensor& t) {
   return text.str();
 }
 
-// CPU, contiguous, and of the given shape; -1 takes any size.
-inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+inline std::string shape_text(std::initializer_list<int64_t> shape) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (int64_t size : shape) {
+    text << separator;
+    size < 0 ? text << '*' : text << size;
+    separator = ", ";
+  }
+  return text.str() + "]";
+}
+
+// CPU, dense and contiguous.
+inline void check_memory(const Tensor& t, const char* name) {
   check(t.is_cpu(), name, ": must be a CPU tensor");
   check(t.layout() == torch::headeronly::Layout::Strided, name, ": must be a dense tensor");
+  check(t.is_contiguous(), name, ": must be contiguous");
+}
+
+// CPU, contiguous, and of the given shape; -1 takes any size. Text is made on failure only: this is in every call.
+inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
   bool fits = t.dim() == int64_t(shape.size());
-  std::ostringstream wanted;
   int64_t d = 0;
   for (int64_t size : shape) {
     if (fits && size >= 0 && t.size(d) != size) fits = false;
-    wanted << (d++ ? ", " : "");
-    size < 0 ? wanted << '*' : wanted << size;
+    ++d;
   }
-  check(fits, name, ": got shape ", shape_text(t), ", expected [", wanted.str(), "]");
-  check(t.is_contiguous(), name, ": must be contiguous");
+  if (!fits) check(false, name, ": got shape ", shape_text(t), ", expected ", shape_text(shape));
+  check_memory(t, name);
 }
 
 // fp32, fp16 or bf16. Operators take a dtype as ScalarType, and no strings: torch's conversion of a string argument
@@ -156,16 +170,25 @@ inline Accuracy requested_accuracy(int64_t accuracy) {
   return Accuracy(accuracy);
 }
 
-// x [M, K], bias [N] of x's dtype or none -> Io with y [M, N], which the caller has to fill.
+// x [..., K], bias [N] of x's dtype or none -> Io with y [..., N], which the caller has to fill.
 inline Io make_io(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y, int64_t N, int64_t K) {
-  check_tensor(x, "x", {-1, K});
+  constexpr int64_t kMostDims = 64;  // of a torch tensor
+  const int64_t dims = x.dim();
+  int64_t sizes[kMostDims], M = 1;
+  if (dims < 1 || dims > kMostDims || x.size(dims - 1) != K) {
+    check(false, "x: got shape ", shape_text(x), ", its last dimension must be K=", K);
+  }
+  check_memory(x, "x");
+  for (int64_t d = 0; d + 1 < dims; ++d) M *= sizes[d] = x.size(d);
+  sizes[dims - 1] = N;
   const DType dtype = float_dtype(x, "x");
   if (bias) {
     check_tensor(*bias, "bias", {N});
     check(float_dtype(*bias, "bias") == dtype, "bias: must have the dtype of x");
   }
-  y = empty_cpu({x.size(0), N}, dtype);
-  return Io{x.size(0), x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), dtype};
+  y = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, size_t(dims)), scalar_type(dtype),
+                           std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return Io{M, x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), dtype};
 }
 
 }  // namespace lutgemm::bind

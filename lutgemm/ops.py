@@ -67,14 +67,13 @@ def bcq_linear(
         raise ArgumentError(f"weight: got {type(weight).__name__}, bcq_linear takes a BCQWeight")
     t, shape = weight.tensors, x.shape
     _check(x, shape, weight, bias)
-    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     record = (t["codes"], t["scales"], t.get("offsets"), t.get("zeros"), t.get("ratios"))
     group_size, scale_kind = weight.group_size, weight.layout.scale_kind
     if direct(x, weight, bias):
-        kernel, name, level = bcq_choice(flat, weight, backend, algorithm, accuracy)
-        y = kernel(flat, *record, bias, group_size, scale_kind, name, level)
-    else:
-        y = torch.ops.lutgemm.bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
+        kernel, name, level = bcq_choice(x, weight, backend, algorithm, accuracy)
+        return kernel(x, *record, bias, group_size, scale_kind, name, level)
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    y = torch.ops.lutgemm.bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
     return y if flat is x else y.view(*shape[:-1], weight.shape[0])
 
 
@@ -158,8 +157,8 @@ def _keep_choice(weight: QuantizedWeight, key: tuple[Any, ...], choice: Choice) 
 def bcq_choice(
     x: Tensor, weight: BCQWeight, backend: str = AUTO, algorithm: str = AUTO, accuracy: str = AUTO
 ) -> Choice:
-    """Who computes `bcq_linear` of x `[M, K]`; kept with the weight where M is small."""
-    key = (x.shape[0], x.dtype, backend, algorithm, accuracy, generation[0])
+    """Who computes `bcq_linear` of x `[..., K]`; kept with the weight where M is small."""
+    key = (x.numel() // x.shape[-1], x.dtype, backend, algorithm, accuracy, generation[0])
     choice: Choice | None = weight.choices.get(key)
     if choice is None:
         head = (x, weight.codes, weight.group_size, weight.scale_kind)
@@ -180,7 +179,8 @@ def codebook_choice(x: Tensor, weight: CodebookWeight, backend: str, algorithm: 
 def _bcq_choice(
     x: Tensor, codes: Tensor, group_size: int, scale_kind: str, backend: str, algorithm: str, accuracy: str
 ) -> Choice:
-    m, k = x.shape
+    k = x.shape[-1]
+    m = x.numel() // k
     bits, n = codes.shape[:2]
     level = resolve_accuracy(accuracy)
     problem = Problem("bcq_linear", x.device.type, x.dtype, m, n, k, group_size, bits, scale_kind, accuracy=level)

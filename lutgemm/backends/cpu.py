@@ -203,19 +203,19 @@ def _codebook_packed(tensors: tuple[Tensor, Tensor, Tensor], in_features: int, g
 
 
 def _dequantized_linear(x: Tensor, out_features: int, bias: Tensor | None, rows: Callable[..., Tensor]) -> Tensor:
-    """x `[M, K]` times a weight made panel by panel. rows(begin, end, dtype) returns W[begin:end].
+    """x `[..., K]` times a weight made panel by panel. rows(begin, end, dtype) returns W[begin:end].
 
     fp16 is multiplied in fp32, which torch does several times faster on a CPU, and rounded once.
     """
     wide = x.dtype == torch.float16
     inner, inner_bias = (x.float(), None if bias is None else bias.float()) if wide else (x, bias)
-    panel = max(1, PANEL_BYTES // (x.shape[1] * inner.element_size()))
-    y = x.new_empty(x.shape[0], out_features)
+    panel = max(1, PANEL_BYTES // (x.shape[-1] * inner.element_size()))
+    y = x.new_empty(*x.shape[:-1], out_features)
     with torch.autocast("cpu", enabled=False):
         for begin in range(0, out_features, panel):
             end = min(out_features, begin + panel)
             panel_bias = None if inner_bias is None else inner_bias[begin:end]
-            y[:, begin:end] = torch.nn.functional.linear(inner, rows(begin, end, inner.dtype), panel_bias)
+            y[..., begin:end] = torch.nn.functional.linear(inner, rows(begin, end, inner.dtype), panel_bias)
     return y
 
 
@@ -232,7 +232,7 @@ def _bcq_linear(
     algorithm: str,
     accuracy: int,
 ) -> Tensor:
-    x, isa, out_features, in_features = x.contiguous(), _isa(), codes.shape[1], x.shape[1]
+    x, isa, out_features, in_features = x.contiguous(), _isa(), codes.shape[1], x.shape[-1]
     bias = None if bias is None else bias.contiguous()
     if algorithm == "dequantize":
         record = _bcq_tensors(codes, scales, offsets, zeros, ratios, in_features, group_size, scale_kind)

@@ -47,7 +47,7 @@ def _bcq_linear(
     weight = BCQWeight.build(
         codes,
         scales,
-        in_features=x.shape[1],
+        in_features=x.shape[-1],
         group_size=group_size,
         scale_kind=scale_kind,
         offsets=offsets,
@@ -55,7 +55,8 @@ def _bcq_linear(
         ratios=ratios,
     )
     with torch.autocast(x.device.type, enabled=False):
-        return _finish(_BCQ[algorithm](x, weight), x, bias)
+        y = _finish(_BCQ[algorithm](x.reshape(-1, x.shape[-1]), weight), x, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _codebook_linear(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__, _native
-from ..backends import backends, cpu
+from ..backends import backends, cpu, tuned
 from ..testing.hardware import cpu_caches, cpu_flags, cpu_name, usable_cores
 from ..testing.targets import isa_in_use
 
@@ -82,6 +82,7 @@ def collect() -> dict[str, Any]:
             "isas": list(cpu.available_isas()),
             "isa_in_use": isa_in_use() or None,
             "isa_variable": os.environ.get(cpu.ISA_VARIABLE),
+            "thresholds": tuned.status(isa_in_use(), torch.get_num_threads()),
         },
         "gpus": gpus,
         "backends": backends(),
@@ -104,6 +105,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"cpu          {cpu_found['name']}, {cpu_found['cores']} cores" + (f", {caches}" if caches else ""),
         f"             {' '.join(cpu_found['flags'])}",
         f"threads      {cpu_found['threads']} (torch.set_num_threads)",
+        f"thresholds   {cpu_found['thresholds']}",
         f"gpu          {', '.join(found['gpus']) or 'none that torch sees'}",
         "",
         "backends",
