@@ -140,17 +140,16 @@ inline Tensor empty_prepared(int64_t bytes) {
 constexpr int64_t kLookupsPerThread = int64_t(1) << 19;
 
 // f(begin, end) over [0, count), items of `lookups` look-ups each, shared among as many of torch's number of threads as
-// get enough of them. One thread takes all in one range; several take ranges of which each gets about four, so that
-// one that comes late, or is held up, is made good for by the others.
+// get enough of them. One thread takes all in one range; of several each gets about `ranges_each`: four, so that one
+// that comes late, or is held up, is made good for by the others; one, where a range has a cost of its own.
 template <class F>
-inline void for_ranges(int64_t count, int64_t lookups, const F& f) {
+inline void for_ranges(int64_t count, int64_t lookups, const F& f, int64_t ranges_each = 4) {
   if (count <= 0) return;
   const int64_t useful = std::min(count, 1 + count * lookups / kLookupsPerThread);
   const int64_t threads = useful > 1 ? std::min(useful, int64_t(torch::stable::get_num_threads())) : 1;
   if (threads == 1) return f(0, count);
-  const int64_t step = std::max<int64_t>(1, count / (4 * threads));
-  parallel_items((count + step - 1) / step, int(threads),
-                 [&](int64_t item) { f(item * step, std::min(count, (item + 1) * step)); });
+  const int64_t ranges = std::min(count, ranges_each * threads);
+  parallel_items(ranges, int(threads), [&](int64_t item) { f(item * count / ranges, (item + 1) * count / ranges); });
 }
 
 inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {

@@ -53,11 +53,15 @@ CodebookWeight make_weight(const Tensor& codes, const Tensor& codebooks, const T
   return w;
 }
 
+// Of one block of rows and one token.
+int64_t block_lookups(const PackedLayout& p) { return kBlockRows * p.J * p.num_codebooks; }
+
 Tensor pack_weight(const CodebookWeight& w, const PackedLayout& p) {
   Tensor packed = bind::empty_prepared(p.total_bytes());
   void* data = packed.mutable_data_ptr();
   pack_codebooks(w, p, data);
-  torch::stable::parallel_for(0, p.blocks, 1, [&](int64_t begin, int64_t end) { pack_blocks(w, p, begin, end, data); });
+  bind::for_ranges(p.blocks, block_lookups(p),
+                   [&](int64_t begin, int64_t end) { pack_blocks(w, p, begin, end, data); });
   return packed;
 }
 
@@ -69,10 +73,10 @@ Tensor pack_op(const Tensor& codes, const Tensor& codebooks, const Tensor& scale
 Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales,
                  const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, int64_t group_size,
                  int64_t isa_number, int64_t accuracy_number) {
-  check_tensor(x, "x", {-1, -1});
+  check(x.dim() > 0, "x: got shape [], expected [..., K]");
   const Isa isa = bind::requested_isa(isa_number);
   const Accuracy accuracy = bind::requested_accuracy(accuracy_number);
-  const CodebookWeight w = make_weight(codes, codebooks, scales, x.size(1), group_size);
+  const CodebookWeight w = make_weight(codes, codebooks, scales, x.size(x.dim() - 1), group_size);
   const PackedLayout p = packed_layout(w);
   Tensor y;
   const Io io = bind::make_io(x, bias, y, w.N, w.K);
@@ -87,8 +91,10 @@ Tensor linear_op(const Tensor& x, const Tensor& codes, const Tensor& codebooks, 
   }
   const Tensor own = packed ? *packed : pack_weight(w, p);
   const void* data = own.const_data_ptr();
-  torch::stable::parallel_for(0, p.blocks, 1,
-                              [&](int64_t begin, int64_t end) { codegemm(p, data, io, isa, accuracy, begin, end); });
+  // Every range makes all tables, so a thread gets one.
+  bind::for_ranges(
+      p.blocks, block_lookups(p) * io.M,
+      [&](int64_t begin, int64_t end) { codegemm(p, data, io, isa, accuracy, begin, end); }, 1);
   return y;
 }
 
@@ -102,9 +108,8 @@ Tensor dequantize_op(const Tensor& codes, const Tensor& codebooks, const Tensor&
   Tensor out = bind::empty_cpu({row_end - row_begin, K}, dtype);
   char* data = static_cast<char*>(out.mutable_data_ptr());
   const int64_t row_bytes = K * (dtype == DType::kFloat32 ? 4 : 2);
-  const int64_t grain = std::max<int64_t>(1, (64 << 10) / K);
-  torch::stable::parallel_for(row_begin, row_end, grain, [&](int64_t begin, int64_t end) {
-    codebook_dequantize(w, isa, begin, end, dtype, data + (begin - row_begin) * row_bytes);
+  bind::for_ranges(row_end - row_begin, 8 * K, [&](int64_t begin, int64_t end) {
+    codebook_dequantize(w, isa, row_begin + begin, row_begin + end, dtype, data + begin * row_bytes);
   });
   return out;
 }

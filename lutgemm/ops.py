@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._plain import is_plain
 from .accuracy import AUTO, resolve_accuracy
@@ -72,6 +73,7 @@ def bcq_linear(
     if direct(x, weight, bias):
         kernel, name, level = bcq_choice(x, weight, backend, algorithm, accuracy)
         return kernel(x, *record, bias, group_size, scale_kind, name, level)
+    _refuse_tangents(x, *record, bias)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     y = torch.ops.lutgemm.bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
     return y if flat is x else y.view(*shape[:-1], weight.shape[0])
@@ -95,13 +97,13 @@ def codebook_linear(
         raise ArgumentError(f"weight: got {type(weight).__name__}, codebook_linear takes a CodebookWeight")
     t, shape = weight.tensors, x.shape
     _check(x, shape, weight, bias)
-    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     record = (t["codes"], t["codebooks"], t["scales"])
     if direct(x, weight, bias):
-        kernel, name, level = codebook_choice(flat, weight, backend, algorithm, accuracy)
-        y = kernel(flat, *record, bias, weight.group_size, name, level)
-    else:
-        y = torch.ops.lutgemm.codebook_linear(flat, *record, bias, weight.group_size, backend, algorithm, accuracy)
+        kernel, name, level = codebook_choice(x, weight, backend, algorithm, accuracy)
+        return kernel(x, *record, bias, weight.group_size, name, level)
+    _refuse_tangents(x, *record, bias)
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    y = torch.ops.lutgemm.codebook_linear(flat, *record, bias, weight.group_size, backend, algorithm, accuracy)
     return y if flat is x else y.view(*shape[:-1], weight.shape[0])
 
 
@@ -127,6 +129,17 @@ def _check(x: Tensor, shape: torch.Size, weight: QuantizedWeight, bias: Tensor |
         raise ArgumentError(
             f"bias: got {bias.dtype} {list(bias.shape)} on {bias.device}, expected {dtype} [{n}] on {device}"
         )
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """The operators have no forward-mode derivative, and torch would drop the tangents of their inputs in silence."""
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise ArgumentError(
+                    "forward-mode differentiation is not supported by quantized layers; use reverse mode (backward), "
+                    "or torch.nn.functional.linear(x, weight.dequantize())"
+                )
 
 
 def direct(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> bool:
@@ -167,8 +180,8 @@ def bcq_choice(
 
 
 def codebook_choice(x: Tensor, weight: CodebookWeight, backend: str, algorithm: str, accuracy: str) -> Choice:
-    """Who computes `codebook_linear` of x `[M, K]`; kept with the weight where M is small."""
-    key = (x.shape[0], x.dtype, backend, algorithm, accuracy, generation[0])
+    """Who computes `codebook_linear` of x `[..., K]`; kept with the weight where M is small."""
+    key = (x.numel() // x.shape[-1], x.dtype, backend, algorithm, accuracy, generation[0])
     choice: Choice | None = weight.choices.get(key)
     if choice is None:
         head = (x, weight.codes, weight.codebooks, weight.group_size)
@@ -191,7 +204,8 @@ def _bcq_choice(
 def _codebook_choice(
     x: Tensor, codes: Tensor, codebooks: Tensor, group_size: int, backend: str, algorithm: str, accuracy: str
 ) -> Choice:
-    m, k = x.shape
+    k = x.shape[-1]
+    m = x.numel() // k
     num_codebooks, n = codes.shape[:2]
     vec_len, codebook_bits = codebooks.shape[2], codebooks.shape[1].bit_length() - 1
     level = resolve_accuracy(accuracy)

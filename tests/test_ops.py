@@ -342,3 +342,16 @@ def test_inference_mode_and_no_grad(op):
     inputs.x.requires_grad_()
     with torch.no_grad():
         assert not linear(inputs.x, inputs.weight).requires_grad
+
+
+@pytest.mark.parametrize(
+    "make", [lambda w: lutgemm.quantize_bcq(w, 2, 32), lambda w: lutgemm.quantize_codebook(w, 1, 4, 2, 32)]
+)
+def test_forward_mode_is_refused_and_not_dropped(make):
+    weight, x = make(torch.randn(8, 64)), torch.randn(2, 64)
+    with torch.autograd.forward_ad.dual_level():
+        plain = lutgemm.ops.linear(x, weight)
+        assert torch.equal(plain, lutgemm.ops.linear(torch.clone(x), weight))
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ArgumentError, match="forward-mode"):
+            lutgemm.ops.linear(dual, weight)

@@ -51,7 +51,7 @@ Kernel = Callable[..., Tensor]
 class Backend:
     """A way to run every op. `algorithms[op]` names what it offers; `choose` picks one for "auto".
 
-    x of `bcq_linear` may have any shape `[..., K]`. `bcq_linear` and `codebook_linear` take what the torch op of that name does, but for its choices: after the weight
+    x may have any shape `[..., K]`. `bcq_linear` and `codebook_linear` take what the torch op of that name does, but for its choices: after the weight
     come group_size, (BCQ) scale_kind, the algorithm's name, and accuracy as in `Problem`.
     """
 

@@ -139,7 +139,9 @@ def _packed_kind(isa: int, accuracy: int) -> str:
 
 def integer_tables(problem: Problem) -> bool:
     """Whether the look-up kernels that would run `problem` from here use integer tables."""
-    return problem.op == "bcq_linear" and _packed_kind(_isa(), problem.accuracy) == "bytes"
+    if problem.accuracy == EXACT or ISAS[_isa()] != "avx512vbmi":
+        return False
+    return problem.op == "bcq_linear" or problem.codebook_bits <= 8
 
 
 def _choose(problem: Problem) -> str:
@@ -256,7 +258,7 @@ def _codebook_linear(
     algorithm: str,
     accuracy: int,
 ) -> Tensor:
-    x, isa, in_features = x.contiguous(), _isa(), x.shape[1]
+    x, isa, in_features = x.contiguous(), _isa(), x.shape[-1]
     bias = None if bias is None else bias.contiguous()
     record = (codes.contiguous(), codebooks.contiguous(), scales.contiguous())
     if algorithm == "dequantize":

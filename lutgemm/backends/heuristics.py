@@ -51,6 +51,9 @@ CPU_THRESHOLDS = (
     Threshold("codebook_linear", "codegemm", 4, 125, 45),
     Threshold("codebook_linear", "codegemm", 8, 32, 20),
     Threshold("codebook_linear", "codegemm", 16, 16, 10),
+    Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, NO_CROSSING, integer_tables=True),
+    Threshold("codebook_linear", "codegemm", 4, NO_CROSSING, 100, integer_tables=True),
+    Threshold("codebook_linear", "codegemm", 16, 32, 20, integer_tables=True),
 )
 """Rows of one op from the least to the most costly; the first that fits is taken, "dequantize" when none does."""
 

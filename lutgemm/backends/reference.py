@@ -69,9 +69,10 @@ def _codebook_linear(
     algorithm: str,
     accuracy: int,
 ) -> Tensor:
-    weight = CodebookWeight.build(codes, codebooks, scales, in_features=x.shape[1], group_size=group_size)
+    weight = CodebookWeight.build(codes, codebooks, scales, in_features=x.shape[-1], group_size=group_size)
     with torch.autocast(x.device.type, enabled=False):
-        return _finish(_CODEBOOK[algorithm](x, weight), x, bias)
+        y = _finish(_CODEBOOK[algorithm](x.reshape(-1, x.shape[-1]), weight), x, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 BACKEND = Backend(

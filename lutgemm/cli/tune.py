@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ INTERRUPTED = "; nothing was written, run `lutgemm tune` again"
 FULL = (tuning.SIZE, tuning.SECONDS)
 QUICK = (tuning.QUICK_SIZE, tuning.QUICK_SECONDS)
 """N = K of the weights, and seconds of timing."""
+BUSY = 0.7
+"""Load average from which there is something else to wait for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         raise BackendError(f"there is nothing to measure, the CPU backend cannot run: {reason}")
     threads = args.threads or torch.get_num_threads()
     before = tuned.rows(cpu.isa(), threads)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
+        print(f"load average {os.getloadavg()[0]:.1f}: other processes run, results will vary more", file=sys.stderr)
     size, seconds = QUICK if args.quick else FULL
     with torch_threads(threads):
         fitting = tuning.fitting_size(size, seconds)
