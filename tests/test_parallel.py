@@ -1,4 +1,4 @@
-"""Work shared among threads (`csrc/cpu/parallel.h`): the same bits whoever does it, from many threads and after a fork."""
+"""Work shared among threads (`csrc/cpu/parallel.h`): the same bits whoever does it, many callers, and a fork."""
 
 from __future__ import annotations
 

@@ -365,6 +365,20 @@ def test_calls_follow_the_file_and_read_it_once(file, monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("isa", cpu.available_isas())
+def test_kernels_of_integer_tables_have_rows_of_their_own(isa):
+    books = PROBLEM._replace(op="codebook_linear", planes=4, vec_len=4, codebook_bits=8, M=50)
+    with cpu.use_isa(isa):
+        vbmi = isa == "avx512vbmi"
+        for problem in (PROBLEM, books):
+            assert not cpu.integer_tables(problem)
+            assert all(cpu.integer_tables(problem._replace(accuracy=a)) == vbmi for a in (0, 1, 2))
+        assert not cpu.integer_tables(books._replace(codebook_bits=9, accuracy=1))
+        assert cpu.BACKEND.choose(books) == "dequantize"
+        assert cpu.BACKEND.choose(books._replace(accuracy=1)) == ("codegemm" if vbmi else "dequantize")
+
+
+@needs_kernels
 def test_a_damaged_file_does_not_stop_a_call(file):
     put(file, b"\x00")
     with pytest.warns(RuntimeWarning, match="tuned thresholds are not used"):

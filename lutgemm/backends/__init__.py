@@ -51,8 +51,9 @@ Kernel = Callable[..., Tensor]
 class Backend:
     """A way to run every op. `algorithms[op]` names what it offers; `choose` picks one for "auto".
 
-    x may have any shape `[..., K]`. `bcq_linear` and `codebook_linear` take what the torch op of that name does, but for its choices: after the weight
-    come group_size, (BCQ) scale_kind, the algorithm's name, and accuracy as in `Problem`.
+    `bcq_linear` and `codebook_linear` take what the torch op of that name does (x may have any shape `[..., K]`), but
+    for its choices: after the weight come group_size, (BCQ) scale_kind, the algorithm's name, and accuracy as in
+    `Problem`.
     """
 
     name: str

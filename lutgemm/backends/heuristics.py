@@ -1,4 +1,7 @@
-"""Which algorithm "auto" takes: measured crossing points as data, and the function that reads them."""
+"""Which algorithm "auto" takes: measured crossing points as data, and the function that reads them.
+
+`lutgemm tune` measures such rows on the user's machine, which then stand in for these; see `tuned`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from . import Problem
 
 NO_CROSSING = 2**62
 
-CPU_DEVICE = "AMD EPYC (family 25 model 17, AVX-512), 1 thread, N = K = 4096, group_size 128"
+CPU_DEVICE = "AMD EPYC (family 25 model 17), avx512vbmi, 1 thread, N = K = 4096, group_size 128"
 CPU_DATE = "2026-11-21"
 
 
@@ -36,24 +39,26 @@ class Threshold:
 CPU_THRESHOLDS = (
     Threshold("bcq_linear", "lut_gemm", 8, 1, 1),
     Threshold("bcq_linear", "biqgemm", 1, NO_CROSSING, NO_CROSSING),
-    Threshold("bcq_linear", "biqgemm", 2, NO_CROSSING, 128),
-    Threshold("bcq_linear", "biqgemm", 3, 512, 60),
-    Threshold("bcq_linear", "biqgemm", 4, 150, 44),
-    Threshold("bcq_linear", "biqgemm", 6, 46, 26),
-    Threshold("bcq_linear", "biqgemm", 8, 30, 20),
+    Threshold("bcq_linear", "biqgemm", 2, NO_CROSSING, 100),
+    Threshold("bcq_linear", "biqgemm", 3, 500, 48),
+    Threshold("bcq_linear", "biqgemm", 4, 68, 34),
+    Threshold("bcq_linear", "biqgemm", 6, 28, 22),
+    Threshold("bcq_linear", "biqgemm", 8, 20, 18),
     Threshold("bcq_linear", "lut_gemm", 8, 1, 1, integer_tables=True),
     Threshold("bcq_linear", "biqgemm", 3, NO_CROSSING, NO_CROSSING, integer_tables=True),
-    Threshold("bcq_linear", "biqgemm", 4, NO_CROSSING, 512, integer_tables=True),
-    Threshold("bcq_linear", "biqgemm", 6, NO_CROSSING, 95, integer_tables=True),
-    Threshold("bcq_linear", "biqgemm", 8, 350, 46, integer_tables=True),
+    Threshold("bcq_linear", "biqgemm", 4, NO_CROSSING, 320, integer_tables=True),
+    Threshold("bcq_linear", "biqgemm", 6, NO_CROSSING, 86, integer_tables=True),
+    Threshold("bcq_linear", "biqgemm", 8, 328, 60, integer_tables=True),
     Threshold("codebook_linear", "codegemm", 1, NO_CROSSING, NO_CROSSING),
-    Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, 100),
-    Threshold("codebook_linear", "codegemm", 4, 125, 45),
-    Threshold("codebook_linear", "codegemm", 8, 32, 20),
-    Threshold("codebook_linear", "codegemm", 16, 16, 10),
-    Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, NO_CROSSING, integer_tables=True),
-    Threshold("codebook_linear", "codegemm", 4, NO_CROSSING, 100, integer_tables=True),
-    Threshold("codebook_linear", "codegemm", 16, 32, 20, integer_tables=True),
+    Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, 160),
+    Threshold("codebook_linear", "codegemm", 4, 175, 50),
+    Threshold("codebook_linear", "codegemm", 8, 37, 29),
+    Threshold("codebook_linear", "codegemm", 16, 22, 20),
+    Threshold("codebook_linear", "codegemm", 1, NO_CROSSING, NO_CROSSING, integer_tables=True),
+    Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, 520, integer_tables=True),
+    Threshold("codebook_linear", "codegemm", 4, NO_CROSSING, 73, integer_tables=True),
+    Threshold("codebook_linear", "codegemm", 8, 56, 39, integer_tables=True),
+    Threshold("codebook_linear", "codegemm", 16, 31, 25, integer_tables=True),
 )
 """Rows of one op from the least to the most costly; the first that fits is taken, "dequantize" when none does."""
 
