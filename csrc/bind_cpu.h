@@ -158,9 +158,9 @@ inline void check_range(const char* name, int64_t value, int64_t low, int64_t hi
 
 // The instruction set asked for by number; refused where this CPU lacks it.
 inline Isa requested_isa(int64_t isa) {
-  check_range("isa", isa, int(Isa::kScalar), int(Isa::kAvx512Vbmi));
+  check_range("isa", isa, int(Isa::kScalar), int(kLastIsa));
   check(isa <= int64_t(cpu_isa()), "isa=", isa, ": this CPU runs at most ", int(cpu_isa()),
-        " (0 scalar, 1 avx2, 2 avx512, 3 avx512vbmi)");
+        LUTGEMM_ARM64 ? " (0 scalar, 1 neon)" : " (0 scalar, 1 avx2, 2 avx512, 3 avx512vbmi)");
   return Isa(isa);
 }
 

@@ -48,9 +48,9 @@ BcqWeight bcq_weight(const BcqTensors& t, int64_t K, int64_t group_size, bool un
   return w;
 }
 
-Tensor pack_bytes(const BcqWeight& weight) {
+Tensor pack_bytes(const BcqWeight& weight, bool folded) {
   const PackedBytes layout = byte_layout(weight.N, weight.K, weight.group_size, weight.bits, weight.uniform,
-                                         weight.offsets != nullptr, weight.scale_dtype, weight.zeros_dtype);
+                                         weight.offsets != nullptr, weight.scale_dtype, weight.zeros_dtype, folded);
   Tensor packed = empty_prepared(byte_layout_bytes(layout));
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   write_byte_header(layout, out);
@@ -61,9 +61,10 @@ Tensor pack_bytes(const BcqWeight& weight) {
 }
 
 Tensor bcq_pack_cpu(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets,
-                    const std::optional<Tensor>& zeros, int64_t K, int64_t group_size, bool uniform, bool bytes) {
+                    const std::optional<Tensor>& zeros, int64_t K, int64_t group_size, bool uniform, bool bytes,
+                    bool folded) {
   const BcqWeight weight = bcq_weight({codes, scales, offsets, zeros}, K, group_size, uniform);
-  if (bytes) return pack_bytes(weight);
+  if (bytes) return pack_bytes(weight, folded);
   const PackedBcq layout =
       packed_layout(weight.N, K, group_size, weight.bits, uniform, weight.offsets != nullptr, weight.scale_dtype);
   Tensor packed = empty_prepared(packed_bytes(layout));
@@ -94,11 +95,11 @@ void run_biqgemm(const PackedBcq& weight, Isa isa, const Io& io) {
 
 // `tokens_at_once` at a time: tables of all of K, then the rows past them.
 template <class Rows>
-void run_byte_kernel(const PackedBytes& weight, Accuracy accuracy, bool words, const Io& io, int64_t tokens_at_once,
-                     int64_t chunk_lookups, const Rows& rows) {
+void run_byte_kernel(const PackedBytes& weight, Isa isa, Accuracy accuracy, bool words, const Io& io,
+                     int64_t tokens_at_once, int64_t chunk_lookups, const Rows& rows) {
   for (int64_t m = 0; m < io.M; m += tokens_at_once) {
     const int64_t count = std::min(io.M - m, tokens_at_once);
-    ByteTokens tokens = make_byte_tokens(weight, accuracy, words, m, count);
+    ByteTokens tokens = make_byte_tokens(weight, isa, accuracy, words, m, count);
     // Building a slice's table takes about as long as 512 look-ups of rows in it.
     for_ranges(weight.spans, kSpanSlices * 512 * count,
                [&](int64_t begin, int64_t end) { prepare_spans(weight, accuracy, words, io, begin, end, tokens); });
@@ -106,14 +107,14 @@ void run_byte_kernel(const PackedBytes& weight, Accuracy accuracy, bool words, c
   }
 }
 
-void run_bytes(const PackedBytes& weight, Accuracy accuracy, bool biqgemm, const Io& io) {
+void run_bytes(const PackedBytes& weight, Isa isa, Accuracy accuracy, bool biqgemm, const Io& io) {
   const int64_t chunk_lookups = weight.chunk_blocks * kByteRows * weight.slices * weight.bits;
-  if (biqgemm && accuracy != Accuracy::kNearExact) {
+  if (biqgemm && accuracy != Accuracy::kNearExact && byte_kernels(isa)->has_words) {
     run_byte_kernel(
-        weight, accuracy, true, io, kWordTokens, chunk_lookups,
+        weight, isa, accuracy, true, io, kWordTokens, chunk_lookups,
         [&](const ByteTokens& tokens, int64_t begin, int64_t end) { biqgemm_chunks(weight, io, tokens, begin, end); });
   } else {
-    run_byte_kernel(weight, accuracy, false, io, kByteTokens, chunk_lookups,
+    run_byte_kernel(weight, isa, accuracy, false, io, kByteTokens, chunk_lookups,
                     [&](const ByteTokens& tokens, int64_t begin, int64_t end) {
                       lut_gemm_chunks(weight, accuracy, io, tokens, begin, end);
                     });
@@ -122,15 +123,18 @@ void run_bytes(const PackedBytes& weight, Accuracy accuracy, bool biqgemm, const
 
 Tensor bytes_linear(const Tensor& x, const uint8_t* packed, int64_t bytes, const std::optional<Tensor>& bias, int64_t N,
                     bool biqgemm, Isa isa, Accuracy accuracy) {
-  check(isa >= Isa::kAvx512Vbmi, "packed: it is laid out for isa=3 (avx512vbmi), isa=", int(isa), " was asked for");
+  const ByteKernels* kernels = byte_kernels(isa);
   check(accuracy != Accuracy::kExact, "packed: it is laid out for integer tables, accuracy=3 (exact) was asked for");
   PackedBytes weight;
   const char* fault = parse_byte_layout(packed, bytes, &weight);
   check(fault == nullptr, "packed: ", fault ? fault : "", "; make it with lutgemm::_bcq_pack_cpu");
+  check(kernels != nullptr && kernels->folded == weight.folded, "packed: its codes are ",
+        weight.folded ? "folded, for isa=3 (avx512vbmi)" : "plain, for kernels that look up nibbles",
+        "; isa=", int(isa), " was asked for");
   check(weight.N == N, "packed: it holds N=", weight.N, ", N=", N, " was asked for");
   Tensor y;
   const Io io = make_io(x, bias, y, weight.N, weight.K);
-  if (io.M > 0) run_bytes(weight, accuracy, biqgemm, io);
+  if (io.M > 0) run_bytes(weight, isa, accuracy, biqgemm, io);
   return y;
 }
 
@@ -181,7 +185,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
   m.def("_cpu_isa() -> int");
   m.def(
       "_bcq_pack_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, bool uniform, "
-      "bool bytes) -> Tensor");
+      "bool bytes, bool folded=True) -> Tensor");
   m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, bool biqgemm, int isa, int accuracy) -> Tensor");
   m.def(
       "_bcq_dequantize_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, "

@@ -9,8 +9,15 @@ namespace lutgemm {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3, kInt16 = 4 };
 
-// Instruction sets, each including the ones before it. kAvx512 = F, BW, DQ and VL; kAvx512Vbmi adds VBMI and GFNI.
+// Instruction sets of this architecture, each including the ones before it. kAvx512 = F, BW, DQ and VL; kAvx512Vbmi
+// adds VBMI and GFNI.
+#if defined(__aarch64__)
+enum class Isa : int { kScalar = 0, kNeon = 1 };
+constexpr Isa kLastIsa = Isa::kNeon;
+#else
 enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi = 3 };
+constexpr Isa kLastIsa = Isa::kAvx512Vbmi;
+#endif
 
 // The least accuracy asked for: tables of 8, 12 or 16 bits, or fp32. A kernel may be more accurate than asked.
 enum class Accuracy : int { kFast = 0, kAccurate = 1, kNearExact = 2, kExact = 3 };

@@ -17,8 +17,12 @@ THREADED_WORK = 1 << 20
 """M * N * K from which a case runs on two threads; below it a pool only costs time, most of all on a busy machine."""
 
 
+EMULATED = ("neon",)
+"""What `--require` knows beside backends: see test_neon.py."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require", default="", help="comma-separated backends whose absence fails instead of skipping")
+    parser.addoption("--require", default="", help="comma-separated backends, or neon, whose absence fails, not skips")
     parser.addoption("--backend", default="", help="comma-separated backends: kernel tests of these only")
 
 
@@ -32,8 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(list): the OpCases that the `run` fixture iterates (default: all)")
     for option in ("--require", "--backend"):
         for name in backend_names(config, option):
-            if name not in registry():
-                raise pytest.UsageError(f"{option}: backend {name!r} is unknown; use some of {list(registry())}")
+            known = [*registry(), *(EMULATED if option == "--require" else ())]
+            if name not in known:
+                raise pytest.UsageError(f"{option}: backend {name!r} is unknown; use some of {known}")
 
 
 @dataclass(frozen=True)

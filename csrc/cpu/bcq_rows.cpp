@@ -5,7 +5,7 @@
 
 namespace lutgemm {
 
-const LutKernels& lut_kernels(Isa isa) {
+const LutKernels& lut_kernels([[maybe_unused]] Isa isa) {
   // Tables of 32 k and one token: 4 slices of 256 entries; 8 half tables of 8; 8 tables of 16. A tile leaves half of a
   // 32 KiB L1 to the codes. The scalar tables are 16 times larger for their k: one token fills such a tile.
   static const LutKernels scalar_kernels{

@@ -1,21 +1,25 @@
 // What the kernels over byte_layout.h are given and add up, and the drivers that call them.
 //
-// lut_gemm looks up a whole code byte, one token at a time: 8 signs, 128 entries by symmetry, in four registers at 12
-// or 16 bits. biqgemm cuts three code bytes into four indices of 6 bits for several tokens at once: its 64 entries of
-// 16 bits fill two registers and need no sign, and unpacking the indices is shared by the tokens.
+// With AVX-512 VBMI, lut_gemm looks up a whole code byte, one token at a time: 8 signs, 128 entries by symmetry, in
+// four registers at 12 or 16 bits. biqgemm cuts three code bytes into four indices of 6 bits for several tokens at
+// once: its 64 entries of 16 bits fill two registers and need no sign, and unpacking the indices is shared by the
+// tokens. With AVX2, AVX-512 and NEON both look up nibbles: 4 signs, 16 entries (byte_nibble.h). Other CPUs have no
+// look-up in a register, and 256 entries of fp32 in L1 take as many loads as 256 integers: they serve every accuracy
+// exactly.
 //
 // Entries are fixed-point numbers: multiples of a step, one for each span and token. With A the largest sum of |x| over
-// a slice, S the sum of |x| over the span, and n look-ups in it,
+// the 8 k of a look-up, or the 4 of a nibble, S the sum of |x| over the span, and n look-ups in it, a dot product over
+// 16 slices is wrong by at most n step / 2:
 //
-//   accuracy     limited by                          step                 16 slices: error of a dot product at most
-//   fast         entries of 8 bits                   A / 128              n step / 2 = A / 16
-//   accurate     their sum in 16 bits                S / (32767 - n)      n step / 2 = S / 4094 (biqgemm: S / 2976)
-//   near-exact   entries of 16 bits, summed apart    A / 32768            n step / 2 = A / 4096
+//   accuracy     limited by                          step               lut_gemm     biqgemm      nibbles
+//   fast         entries of 8 bits                   A / 128            A / 16       as accurate  A / 8
+//   accurate     their sum in 16 bits                S / (32767 - n)    S / 4094     S / 2976     S / 2046
+//   near-exact   entries of 16 bits, summed apart    A / 32768          A / 4096     as lut_gemm  A / 2048
 //
 // (where one entry is the limit, 1/16 step is left for fp32 rounding). lut_gemm's entry e = floor(v / step) stands for
-// (e + 1/2) * step, so that the bitwise complement is its exact negative; biqgemm's are rounded to nearest. Sums within
-// a span are integers, hence exact; then fp32: y += step * (sum over b of scale[b] * dot[b]), spans in order. So a
-// result depends neither on threads nor on the other tokens.
+// (e + 1/2) * step, so that the bitwise complement is its exact negative; other ones are rounded to nearest. Sums
+// within a span are integers, hence exact; then fp32: y += step * (sum over b of scale[b] * dot[b]), spans in order. So
+// a result depends neither on threads nor on the other tokens.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +45,7 @@ struct ByteTask {
   int blocks;
   Piece pieces[2];
   int64_t slices;
-  const uint8_t* tables;  // [slices][byte_table_bytes]
+  const uint8_t* tables;  // [slices][table_bytes]
   float step, sum;        // of the entries; of x over the span
   float* y;
 };
@@ -61,13 +65,14 @@ struct WordTask {
 // range / bound, and its reciprocal in `step`. Bounds so small that this overflows count as zero.
 float inverse_step(float range, float bound, float* step);
 
-namespace vbmi {
 // x [slices * 8, and zeros up to a multiple of 16] of a span.
 struct SpanSums {
   float sum;      // of x
   float total;    // of |x|
-  float largest;  // of |x| over a slice; NaN where any x is not finite
+  float largest;  // of |x| over the k of a look-up; NaN where any x is not finite
 };
+
+namespace vbmi {
 SpanSums span_sums(const float* x, int64_t slices);
 
 // x [slices * 8] -> tables [slices][byte_table_bytes] and their step.
@@ -79,6 +84,39 @@ void add_byte_span(Accuracy accuracy, const ByteTask& task);
 void build_word_tables(const float* x, int64_t slices, const SpanSums& sums, int16_t* tables, float* step);
 void add_word_span(const WordTask& task);
 }  // namespace vbmi
+
+// A slice's two tables of nibbles, [low, high nibble]{ fast: [16]; other: low bytes [16], high bytes [16] }.
+constexpr int64_t nibble_table_bytes(Accuracy accuracy) { return accuracy == Accuracy::kFast ? 32 : 64; }
+
+namespace avx2 {
+SpanSums nibble_span_sums(const float* x, int64_t slices);
+void build_nibble_tables(Accuracy accuracy, const float* x, int64_t slices, const SpanSums& sums, uint8_t* tables,
+                         float* step);
+void add_nibble_span(Accuracy accuracy, const ByteTask& task);
+}  // namespace avx2
+namespace avx512 {
+void add_nibble_span(Accuracy accuracy, const ByteTask& task);  // tables as for AVX2
+}
+namespace neon {
+SpanSums nibble_span_sums(const float* x, int64_t slices);
+void build_nibble_tables(Accuracy accuracy, const float* x, int64_t slices, const SpanSums& sums, uint8_t* tables,
+                         float* step);
+void add_nibble_span(Accuracy accuracy, const ByteTask& task);
+}  // namespace neon
+
+// What one instruction set brings. Codes are read folded or plain.
+struct ByteKernels {
+  bool folded;
+  bool has_words;  // biqgemm has kernels of its own
+  int64_t (*table_bytes)(Accuracy accuracy);
+  SpanSums (*span_sums)(const float* x, int64_t slices);
+  void (*build_tables)(Accuracy accuracy, const float* x, int64_t slices, const SpanSums& sums, uint8_t* tables,
+                       float* step);
+  void (*add_span)(Accuracy accuracy, const ByteTask& task);
+};
+
+// Null for an instruction set without integer tables.
+const ByteKernels* byte_kernels(Isa isa);
 
 // Working memory of a thread, kept from call to call: fresh pages would be cleared by the system each time, which for
 // the 128 KiB of tables of one token takes longer than building them. What is above kMostKept is not kept.
@@ -106,9 +144,10 @@ class ThreadScratch {
 
 // The tables of some tokens, all of K, in the calling thread's memory: filled span by span, read by all threads.
 struct ByteTokens {
+  Isa isa;
   int64_t first, count;  // tokens first .. first + count - 1
   int64_t table_stride;  // bytes from token to token
-  uint8_t* tables;       // [span][token]{ byte tables [16][byte_table_bytes], or word tables }
+  uint8_t* tables;       // [span][token]{ tables [16][table_bytes], or word tables }
   float *steps, *sums;   // [span][token]
   Scratch<uint8_t> large;
 
@@ -118,13 +157,14 @@ struct ByteTokens {
 constexpr int64_t kByteTokens = 4;   // tokens that lut_gemm takes past a span's codes while they are in L1
 constexpr int64_t kWordTokens = 16;  // tokens of a pass of biqgemm: y of 4096 rows takes 256 KiB of L2
 
-ByteTokens make_byte_tokens(const PackedBytes& weight, Accuracy accuracy, bool words, int64_t first, int64_t count);
+ByteTokens make_byte_tokens(const PackedBytes& weight, Isa isa, Accuracy accuracy, bool words, int64_t first,
+                            int64_t count);
 
 // Tables of spans [begin, end).
 void prepare_spans(const PackedBytes& weight, Accuracy accuracy, bool words, const Io& io, int64_t begin, int64_t end,
                    ByteTokens& tokens);
 
-// y of the tokens, chunks [begin, end).
+// y of the tokens, chunks [begin, end). biqgemm_chunks: of kernels that have words.
 void lut_gemm_chunks(const PackedBytes& weight, Accuracy accuracy, const Io& io, const ByteTokens& tokens,
                      int64_t begin, int64_t end);
 void biqgemm_chunks(const PackedBytes& weight, const Io& io, const ByteTokens& tokens, int64_t begin, int64_t end);

@@ -21,9 +21,10 @@
 // The tables of a span (4 KiB a token) stay in L1 while the rows of a chunk stream past; y of a chunk (2 KiB a token)
 // stays there from span to span. Rows beyond N have zero scales, codes beyond K look up zeros.
 //
-// A code byte is stored folded: the sums of a slice come in pairs of opposite sign, so a table keeps the 128 in which
-// bit 7 counts as plus. Byte b with bit 7 set is stored as b ^ 0x80; any other one as ~b, whose bit 7 then says:
-// negate.
+// For AVX-512 VBMI a code byte is stored folded: the sums of a slice come in pairs of opposite sign, so a table keeps
+// the 128 in which bit 7 counts as plus. Byte b with bit 7 set is stored as b ^ 0x80; any other one as ~b, whose bit 7
+// then says: negate. Kernels that look up nibbles would need 3 operations more on top of 15 to undo it: their codes
+// are stored plain.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +49,7 @@ struct PackedBytes {
   int bits;
   bool uniform, has_offsets;
   DType scale_dtype, zeros_dtype;
+  bool folded;
   int64_t row_blocks, chunks;
   int64_t chunk_blocks;  // of a full chunk
   int64_t slices;        // ceil(K / 8)
@@ -104,7 +106,7 @@ inline Piece piece_at(const PackedBytes& p, const Span& s, int64_t chunk, int64_
 
 // The layout of a weight of these sizes; `data` is null.
 PackedBytes byte_layout(int64_t N, int64_t K, int64_t group_size, int bits, bool uniform, bool has_offsets,
-                        DType scale_dtype, DType zeros_dtype);
+                        DType scale_dtype, DType zeros_dtype, bool folded);
 
 // Header and data together.
 int64_t byte_layout_bytes(const PackedBytes& layout);

@@ -15,7 +15,7 @@ constexpr int64_t kMaxFeatures = int64_t(1) << 24;
 struct Header {
   uint64_t magic;
   int64_t N, K, group_size;
-  int32_t bits, uniform, has_offsets, scale_dtype, zeros_dtype, unused;
+  int32_t bits, uniform, has_offsets, scale_dtype, zeros_dtype, folded;
   int64_t bytes;
 };
 static_assert(sizeof(Header) <= kPackedHeaderBytes, "the header has its own cache line");
@@ -47,7 +47,7 @@ uint8_t* pack_scales(const BcqWeight& weight, const PackedBytes& p, int64_t row,
 uint8_t folded(uint8_t code) { return code & 0x80 ? code ^ 0x80 : uint8_t(~code); }
 
 // Code bytes [slice, slice + slices) of all planes, rows from `row`.
-void pack_codes(const BcqWeight& weight, int64_t row, int64_t slice, int64_t slices, uint8_t* out) {
+void pack_codes(const BcqWeight& weight, bool fold, int64_t row, int64_t slice, int64_t slices, uint8_t* out) {
   for (int64_t position = 0; position < kByteRows; ++position) {
     const int64_t n = row + row_of_byte(position);
     for (int b = 0; b < weight.bits; ++b) {
@@ -55,7 +55,7 @@ void pack_codes(const BcqWeight& weight, int64_t row, int64_t slice, int64_t sli
       for (int64_t j = 0; j < slices; ++j) {
         const int64_t at = slice + j;
         const uint8_t code = n < weight.N ? uint8_t(words[at / 4] >> (8 * (at % 4))) : uint8_t(0);
-        out[(j * weight.bits + b) * kByteRows + position] = folded(code);
+        out[(j * weight.bits + b) * kByteRows + position] = fold ? folded(code) : code;
       }
     }
   }
@@ -64,7 +64,7 @@ void pack_codes(const BcqWeight& weight, int64_t row, int64_t slice, int64_t sli
 }  // namespace
 
 PackedBytes byte_layout(int64_t N, int64_t K, int64_t group_size, int bits, bool uniform, bool has_offsets,
-                        DType scale_dtype, DType zeros_dtype) {
+                        DType scale_dtype, DType zeros_dtype, bool folded) {
   PackedBytes p{};
   p.N = N;
   p.K = K;
@@ -74,6 +74,7 @@ PackedBytes byte_layout(int64_t N, int64_t K, int64_t group_size, int bits, bool
   p.has_offsets = has_offsets;
   p.scale_dtype = scale_dtype;
   p.zeros_dtype = zeros_dtype;
+  p.folded = folded;
   p.G = ceil_div(K, group_size);
   p.row_blocks = ceil_div(N, kByteRows);
   // At least four chunks, so that threads have something to share; an even number of blocks, which kernels take in
@@ -105,7 +106,7 @@ void write_byte_header(const PackedBytes& p, uint8_t* packed) {
                       p.has_offsets ? 1 : 0,
                       int32_t(p.scale_dtype),
                       int32_t(p.zeros_dtype),
-                      0,
+                      p.folded ? 1 : 0,
                       byte_layout_bytes(p)};
   std::memcpy(packed, &header, sizeof header);
   std::memset(packed + header.bytes - kPackedTailBytes, 0, kPackedTailBytes);
@@ -119,7 +120,7 @@ void pack_byte_chunks(const BcqWeight& weight, const PackedBytes& p, int64_t beg
       for (int64_t block = 0; block < p.blocks_in(chunk); ++block) {
         const int64_t row = (chunk * p.chunk_blocks + block) * kByteRows;
         if (span.starts_group) out = pack_scales(weight, p, row, span.group, out);
-        pack_codes(weight, row, span.slice, span.slices, out);
+        pack_codes(weight, p.folded, row, span.slice, span.slices, out);
         out += span.slices * p.bits * kByteRows;
       }
     }
@@ -146,8 +147,9 @@ const char* parse_byte_layout(const uint8_t* packed, int64_t bytes, PackedBytes*
   if (h.zeros_dtype < int(DType::kFloat32) || h.zeros_dtype > int(DType::kUInt8)) {
     return "its header has an unknown dtype of zeros";
   }
-  *layout =
-      byte_layout(h.N, h.K, h.group_size, h.bits, h.uniform, h.has_offsets, DType(h.scale_dtype), DType(h.zeros_dtype));
+  if (h.folded & ~1) return "its header has an unknown kind of codes";
+  *layout = byte_layout(h.N, h.K, h.group_size, h.bits, h.uniform, h.has_offsets, DType(h.scale_dtype),
+                        DType(h.zeros_dtype), h.folded);
   if (h.bytes != byte_layout_bytes(*layout) || h.bytes != bytes) return "its size is not what its header says";
   layout->data = packed + kPackedHeaderBytes;
   return nullptr;

@@ -27,11 +27,32 @@ float inverse_step(float range, float bound, float* step) {
   return usable ? range / bound : 0.0f;
 }
 
-ByteTokens make_byte_tokens(const PackedBytes& weight, Accuracy accuracy, bool words, int64_t first, int64_t count) {
+const ByteKernels* byte_kernels([[maybe_unused]] Isa isa) {
+#if LUTGEMM_X86
+  static const ByteKernels vbmi_kernels{
+      true, true, byte_table_bytes, vbmi::span_sums, vbmi::build_byte_tables, vbmi::add_byte_span};
+  static const ByteKernels avx512_kernels{
+      false, false, nibble_table_bytes, avx2::nibble_span_sums, avx2::build_nibble_tables, avx512::add_nibble_span};
+  static const ByteKernels avx2_kernels{
+      false, false, nibble_table_bytes, avx2::nibble_span_sums, avx2::build_nibble_tables, avx2::add_nibble_span};
+  if (isa >= Isa::kAvx512Vbmi) return &vbmi_kernels;
+  if (isa == Isa::kAvx512) return &avx512_kernels;
+  if (isa == Isa::kAvx2) return &avx2_kernels;
+#elif LUTGEMM_ARM64
+  static const ByteKernels neon_kernels{
+      false, false, nibble_table_bytes, neon::nibble_span_sums, neon::build_nibble_tables, neon::add_nibble_span};
+  if (isa >= Isa::kNeon) return &neon_kernels;
+#endif
+  return nullptr;
+}
+
+ByteTokens make_byte_tokens(const PackedBytes& weight, Isa isa, Accuracy accuracy, bool words, int64_t first,
+                            int64_t count) {
   ByteTokens t;
+  t.isa = isa;
   t.first = first;
   t.count = count;
-  t.table_stride = words ? kWordTableBytes : kSpanSlices * byte_table_bytes(accuracy);
+  t.table_stride = words ? kWordTableBytes : kSpanSlices * byte_kernels(isa)->table_bytes(accuracy);
   const int64_t all = weight.spans * count, table_bytes = all * t.table_stride;
   thread_local ThreadScratch kept;
   t.tables = kept.get(table_bytes + 2 * all * int64_t(sizeof(float)), t.large);
@@ -40,10 +61,9 @@ ByteTokens make_byte_tokens(const PackedBytes& weight, Accuracy accuracy, bool w
   return t;
 }
 
-void prepare_spans([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] Accuracy accuracy,
-                   [[maybe_unused]] bool words, [[maybe_unused]] const Io& io, [[maybe_unused]] int64_t begin,
-                   [[maybe_unused]] int64_t end, [[maybe_unused]] ByteTokens& tokens) {
-#if LUTGEMM_X86
+void prepare_spans(const PackedBytes& weight, Accuracy accuracy, [[maybe_unused]] bool words, const Io& io,
+                   int64_t begin, int64_t end, ByteTokens& tokens) {
+  const ByteKernels& kernels = *byte_kernels(tokens.isa);
   alignas(64) float x[kWordTableFeatures + 32];
   for (int64_t s = begin; s < end; ++s) {
     const Span span = span_at(weight, s);
@@ -52,25 +72,25 @@ void prepare_spans([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] 
       const int64_t at = s * tokens.count + m;
       const auto* source =
           static_cast<const uint8_t*>(io.x) + ((tokens.first + m) * weight.K + first) * dtype_bytes(io.dtype);
-      load_floats(Isa::kAvx512, io.dtype, source, count, x);
+      load_floats(tokens.isa, io.dtype, source, count, x);
       std::memset(x + count, 0, sizeof x - size_t(count) * sizeof(float));
-      const vbmi::SpanSums sums = vbmi::span_sums(x, span.slices);
+      const SpanSums sums = kernels.span_sums(x, span.slices);
       tokens.sums[at] = sums.sum;
       uint8_t* tables = tokens.tables + at * tokens.table_stride;
+#if LUTGEMM_X86
       if (words) {
         vbmi::build_word_tables(x, span.slices, sums, reinterpret_cast<int16_t*>(tables), &tokens.steps[at]);
-      } else {
-        vbmi::build_byte_tables(accuracy, x, span.slices, sums, tables, &tokens.steps[at]);
+        continue;
       }
+#endif
+      kernels.build_tables(accuracy, x, span.slices, sums, tables, &tokens.steps[at]);
     }
   }
-#endif
 }
 
-void lut_gemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] Accuracy accuracy,
-                     [[maybe_unused]] const Io& io, [[maybe_unused]] const ByteTokens& tokens,
-                     [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
-#if LUTGEMM_X86
+void lut_gemm_chunks(const PackedBytes& weight, Accuracy accuracy, const Io& io, const ByteTokens& tokens,
+                     int64_t begin, int64_t end) {
+  const ByteKernels& kernels = *byte_kernels(tokens.isa);
   alignas(64) float y[kByteTokens][kMostChunkBlocks * kByteRows];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t blocks = weight.blocks_in(chunk);
@@ -89,18 +109,17 @@ void lut_gemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]
           task.step = tokens.steps[at];
           task.sum = tokens.sums[at];
           task.y = y[m] + block * kByteRows;
-          vbmi::add_byte_span(accuracy, task);
+          kernels.add_span(accuracy, task);
         }
       }
     }
     for (int64_t m = 0; m < tokens.count; ++m) {
       for (int64_t block = 0; block < blocks; ++block) {
-        write_row_block(weight.N, Isa::kAvx512, io, tokens.first + m, chunk * weight.chunk_blocks + block,
+        write_row_block(weight.N, tokens.isa, io, tokens.first + m, chunk * weight.chunk_blocks + block,
                         y[m] + block * kByteRows);
       }
     }
   }
-#endif
 }
 
 void biqgemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] const Io& io,
@@ -134,7 +153,7 @@ void biqgemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]]
     }
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t m = 0; m < tokens.count; ++m) {
-        write_row_block(weight.N, Isa::kAvx512, io, tokens.first + m, first * weight.chunk_blocks + block,
+        write_row_block(weight.N, tokens.isa, io, tokens.first + m, first * weight.chunk_blocks + block,
                         y + block * block_floats + m * kByteRows);
       }
     }

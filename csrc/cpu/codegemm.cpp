@@ -25,7 +25,8 @@ constexpr int64_t kPrefetchBlocks = 2;
 // The kernel for `tokens` more tokens. It may take fewer of them, or have room for more, which are then zeros.
 // Thresholds: at 4096 x 4096, 2 bits, on a Zen 4 core, VBMI takes 0.4 ms a token, the 8-token kernel 2.5 ms at any
 // number of tokens, the 16-token kernel 3.9 ms.
-const CodegemmKernel& choose_kernel(const PackedLayout& p, Isa isa, int64_t tokens) {
+const CodegemmKernel& choose_kernel([[maybe_unused]] const PackedLayout& p, [[maybe_unused]] Isa isa,
+                                    [[maybe_unused]] int64_t tokens) {
 #if LUTGEMM_X86
   if (isa >= Isa::kAvx512) {
     if (isa >= Isa::kAvx512Vbmi && p.codebook_bits <= 8 && tokens <= 6) return kCodegemmVbmi;

@@ -13,6 +13,12 @@
 #define LUTGEMM_X86 0
 #endif
 
+#if defined(__aarch64__)
+#define LUTGEMM_ARM64 1
+#else
+#define LUTGEMM_ARM64 0
+#endif
+
 #if defined(__clang__)
 #define LUTGEMM_PRAGMA(text) _Pragma(#text)
 #define LUTGEMM_TARGET_BEGIN(features) \
@@ -27,13 +33,14 @@
 #define LUTGEMM_TARGET_AVX512_BEGIN \
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl\")")
 #define LUTGEMM_TARGET_AVX512VBMI_BEGIN \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,gfni\")")
+  _Pragma("GCC push_options")           \
+      _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,gfni\")")
 #define LUTGEMM_TARGET_END _Pragma("GCC pop_options")
 #endif
 
 namespace lutgemm {
 
-// The best of Isa that this CPU and its operating system run, by CPUID.
+// The best of Isa that this CPU and its operating system run.
 inline Isa cpu_isa() {
 #if LUTGEMM_X86
   static const Isa found = [] {
@@ -46,6 +53,8 @@ inline Isa cpu_isa() {
     return vbmi ? Isa::kAvx512Vbmi : avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
   }();
   return found;
+#elif LUTGEMM_ARM64
+  return Isa::kNeon;  // part of the architecture
 #else
   return Isa::kScalar;
 #endif

@@ -7,6 +7,7 @@ every call to another one, `use_isa` the calls of a block.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,9 +23,10 @@ from ..formats import BCQWeight
 from . import Backend, Problem, Reason, prepared, tuned
 from .heuristics import choose_on_cpu
 
-ISAS = ("scalar", "avx2", "avx512", "avx512vbmi")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+ISAS = ("scalar", "neon") if ARM else ("scalar", "avx2", "avx512", "avx512vbmi")
 """By the number that kernels know them by; each includes the ones before it. avx2: with FMA and F16C. avx512: F, BW, DQ
-and VL. avx512vbmi: also VBMI."""
+and VL. avx512vbmi: also VBMI and GFNI."""
 
 ISA_VARIABLE = "LUTGEMM_CPU_ISA"
 
@@ -133,8 +135,13 @@ BcqTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _packed_kind(isa: int, accuracy: int) -> str:
-    """The BCQ layout to read: "words" for tables in fp32, "bytes" for integer ones, which need AVX-512 VBMI."""
-    return "bytes" if accuracy < EXACT and ISAS[isa] == "avx512vbmi" else "words"
+    """The BCQ layout to read: "words" for tables in fp32; for integer ones "bytes" (AVX-512 VBMI) or "nibbles".
+
+    Scalar code gains nothing from integers: its kernels in fp32 serve every accuracy.
+    """
+    if accuracy == EXACT or isa == 0:
+        return "words"
+    return "bytes" if ISAS[isa] == "avx512vbmi" else "nibbles"
 
 
 def integer_tables(problem: Problem) -> bool:
@@ -155,7 +162,7 @@ def _bcq_packed(tensors: BcqTensors, in_features: int, group_size: int, scale_ki
     packed = prepared.find(tensors, parameters, kind)
     if packed is None:
         state = prepared.state_of(tensors)
-        packed = _op("_bcq_pack_cpu")(*_bcq_tensors(*tensors, *parameters[:3]), kind == "bytes")
+        packed = _op("_bcq_pack_cpu")(*_bcq_tensors(*tensors, *parameters[:3]), kind != "words", kind == "bytes")
         prepared.keep(tensors, parameters, state, kind, packed)
     return packed
 
@@ -184,7 +191,7 @@ def bcq_linear_stacked(
         offsets = _stacked_rows([w.offsets for w in weights], 0)
         zeros = _stacked_rows([w.zeros for w in weights], 0)
         record = (codes, scales, offsets, zeros, first.shape[1], first.group_size, uniform)
-        packed = _op("_bcq_pack_cpu")(*record, kind == "bytes")
+        packed = _op("_bcq_pack_cpu")(*record, kind != "words", kind == "bytes")
         prepared.keep(tensors, parameters, state, kind, packed)
     bias = None if biases[0] is None else prepared.find(tensors, parameters, "bias")
     if bias is None and (bias := _stacked_rows(biases, 0)) is not None:

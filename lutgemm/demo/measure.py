@@ -17,13 +17,13 @@ NEW_TOKENS = 48
 
 
 def load_variant(variant: Variant, folder: Path) -> Any:
-    """The model of a row, in eval mode: quantized rows in fp32 activations, torch rows in their own dtype."""
+    """The model of a row, in eval mode: quantized rows in bf16, as models are served, torch rows in their own dtype."""
     from transformers import AutoModelForCausalLM
 
     from ..integrations.transformers import load
 
     if variant.config is not None:
-        return load(str(folder), dtype=torch.float32).eval()
+        return load(str(folder), dtype=torch.bfloat16).eval()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, variant.dtype)).eval()
 
 
