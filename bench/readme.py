@@ -1,7 +1,7 @@
-"""Markdown tables of README.md out of committed runs: `python -m lutgemm.bench.readme README.md bench/results`.
+"""Markdown tables of a page out of committed runs: `python -m lutgemm.bench.readme PAGE bench/results`.
 
 A table lies between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the stem of the JSON file of a run of
-`lutgemm bench` or `lutgemm demo`.
+`lutgemm bench` or `lutgemm demo`. Of a bench run that is a choice of its rows (`is_headline`); `NAME all` has all.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lutgemm.accuracy import DEFAULT
 from lutgemm.demo.table import render_markdown
 
 from .baselines import BASELINES
 
 SHORT = {"torch_fp32": "fp32", "torch_bf16": "bf16"}
 """Baselines that a table calls by less than their label: torch's own matmul."""
-MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
-
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+)(?P<all> all)? -->\n).*?(?P<end><!-- end -->)", re.S)
 
 USUAL_GROUP = 128
 """Group size that a table leaves out."""
+
+SQUARE = 4096
+"""N = K of the shape of which a short table has every M."""
 
 
 def _weights(record: Mapping[str, Any]) -> str:
@@ -56,17 +59,24 @@ def _fastest(run: Mapping[str, Any], mode: str) -> dict[tuple[Any, ...], Mapping
     return best
 
 
-def kernel_table(run: Mapping[str, Any]) -> str:
+def is_headline(record: Mapping[str, Any]) -> bool:
+    """Whether a short table has this record: one thread, the default accuracy and group size; other shapes at M = 1."""
+    usual = record["threads"] == 1 and record.get("accuracy", DEFAULT) == DEFAULT
+    square = record["N"] == record["K"] == SQUARE
+    return usual and record["group_size"] == USUAL_GROUP and (square or record["M"] == 1)
+
+
+def kernel_table(run: Mapping[str, Any], everything: bool = True) -> str:
     """The fastest algorithm of each case with weights from memory, and its ratio to the baselines of the same seconds.
 
-    A ratio below 1 is in bold: there the baseline is faster. Columns of accuracy and of threads stand where the run has
-    several.
+    Without `everything` only the headlines. A ratio below 1 is in bold: there the baseline is faster. Columns of
+    accuracy and of threads stand where they say something.
     """
     hot = _fastest(run, "hot")
-    found = sorted(_fastest(run, "cold").items())
+    found = sorted((key, r) for key, r in _fastest(run, "cold").items() if everything or is_headline(r))
     names = [name for name in BASELINES if any(name in _speedups(record) for _, record in found)]
     labels = [SHORT.get(name, BASELINES[name].label) for name in names]
-    accuracies = any("accuracy" in record for _, record in found)
+    accuracies = any(record.get("accuracy", DEFAULT) != DEFAULT for _, record in found)
     threads = len({record["threads"] for _, record in found}) > 1
     head = ["weights", *["accuracy"][: int(accuracies)], "bits/weight", "N x K", "M", *["threads"][: int(threads)]]
     rows = [[*head, "algorithm", "us", *(f"x {label}" for label in labels), "us in cache", "error"]]
@@ -105,7 +115,8 @@ def update(text: str, results: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         run = json.loads((results / f"{match['name']}.json").read_text("utf-8"))
-        return f"{match[1]}{kernel_table(run) if 'records' in run else demo_table(run)}\n{match[3]}"
+        rows = kernel_table(run, match["all"] is not None) if "records" in run else demo_table(run)
+        return f"{match[1]}{rows}\n{match['end']}"
 
     return MARKED.sub(table, text)
 
