@@ -109,7 +109,7 @@ void run_byte_kernel(const PackedBytes& weight, Isa isa, Accuracy accuracy, bool
 
 void run_bytes(const PackedBytes& weight, Isa isa, Accuracy accuracy, bool biqgemm, const Io& io) {
   const int64_t chunk_lookups = weight.chunk_blocks * kByteRows * weight.slices * weight.bits;
-  if (biqgemm && accuracy != Accuracy::kNearExact && byte_kernels(isa)->has_words) {
+  if (uses_words(isa, accuracy, biqgemm)) {
     run_byte_kernel(
         weight, isa, accuracy, true, io, kWordTokens, chunk_lookups,
         [&](const ByteTokens& tokens, int64_t begin, int64_t end) { biqgemm_chunks(weight, io, tokens, begin, end); });

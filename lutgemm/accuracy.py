@@ -15,7 +15,7 @@ fast: table entries of 8 bits. accurate: 12 bits. near-exact: 16 bits. exact: fp
 DEFAULT = "accurate"
 """What "auto" means."""
 
-EXACT = ACCURACIES.index("exact")
+EXACT, NEAR_EXACT = ACCURACIES.index("exact"), ACCURACIES.index("near-exact")
 
 _LEVELS = {name: level for level, name in enumerate(ACCURACIES)} | {AUTO: ACCURACIES.index(DEFAULT)}
 

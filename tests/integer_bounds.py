@@ -10,9 +10,11 @@ from lutgemm.formats import BCQWeight
 
 def look_up_width(isa: str, algorithm: str, accuracy: str) -> int:
     """k of a look-up."""
-    if isa != "avx512vbmi":
-        return 4
-    return 6 if algorithm == "biqgemm" and accuracy != "near-exact" else 8
+    if isa.startswith("avx512") and algorithm == "biqgemm" and accuracy != "near-exact":
+        return 6
+    if isa == "avx512" and accuracy == "accurate":
+        return 6
+    return 8 if isa == "avx512vbmi" else 4
 
 
 def per_span_bound(x: Tensor, w: BCQWeight, width: int, accuracy: str) -> Tensor:

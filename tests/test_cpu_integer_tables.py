@@ -122,7 +122,7 @@ def test_accuracies_are_ordered(isa: str):
 
 
 @pytest.mark.skipif("avx512" not in ISAS, reason="this CPU has no AVX-512")
-@pytest.mark.parametrize("accuracy", ROUNDED)
+@pytest.mark.parametrize("accuracy", ["fast", "near-exact"])
 def test_avx2_and_avx512_give_the_same_bits(accuracy: str):
     w, x = weight(), activations(5)
     assert torch.equal(run(x, w, "avx2", "lut_gemm", accuracy), run(x, w, "avx512", "lut_gemm", accuracy))

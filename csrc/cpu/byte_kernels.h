@@ -1,11 +1,12 @@
 // What the kernels over byte_layout.h are given and add up, and the drivers that call them.
 //
 // With AVX-512 VBMI, lut_gemm looks up a whole code byte, one token at a time: 8 signs, 128 entries by symmetry, in
-// four registers at 12 or 16 bits. biqgemm cuts three code bytes into four indices of 6 bits for several tokens at
-// once: its 64 entries of 16 bits fill two registers and need no sign, and unpacking the indices is shared by the
-// tokens. With AVX2, AVX-512 and NEON both look up nibbles: 4 signs, 16 entries (byte_nibble.h). Other CPUs have no
-// look-up in a register, and 256 entries of fp32 in L1 take as many loads as 256 integers: they serve every accuracy
-// exactly.
+// four registers at 12 or 16 bits. With AVX2, AVX-512 and NEON it looks up nibbles: 4 signs, 16 entries
+// (byte_nibble.h). biqgemm with AVX-512 cuts three code bytes into four indices of 6 bits for several tokens at once:
+// its 64 entries of 16 bits fill two registers and need no sign, and unpacking the indices is shared by the tokens
+// (byte_words.h). Without VBMI this is also lut_gemm's way to accurate results. On AVX2 and NEON both algorithms are
+// one kernel. Other CPUs have no look-up in a register, and 256 entries of fp32 in L1 take as many loads as 256
+// integers: fp32 serves them at every accuracy.
 //
 // Entries are fixed-point numbers: multiples of a step, one for each span and token. With A the largest sum of |x| over
 // the 8 k of a look-up, or the 4 of a nibble, S the sum of |x| over the span, and n look-ups in it, a dot product over
@@ -80,8 +81,6 @@ void build_byte_tables(Accuracy accuracy, const float* x, int64_t slices, const 
                        float* step);
 void add_byte_span(Accuracy accuracy, const ByteTask& task);
 
-// x [kWordTableFeatures] -> tables [word_look_ups(slices)][kWordEntries] and their step.
-void build_word_tables(const float* x, int64_t slices, const SpanSums& sums, int16_t* tables, float* step);
 void add_word_span(const WordTask& task);
 }  // namespace vbmi
 
@@ -96,7 +95,11 @@ void add_nibble_span(Accuracy accuracy, const ByteTask& task);
 }  // namespace avx2
 namespace avx512 {
 void add_nibble_span(Accuracy accuracy, const ByteTask& task);  // tables as for AVX2
-}
+
+// x [kWordTableFeatures] -> tables [word_look_ups(slices)][kWordEntries] and their step.
+void build_word_tables(const float* x, int64_t slices, const SpanSums& sums, int16_t* tables, float* step);
+void add_word_span(const WordTask& task);
+}  // namespace avx512
 namespace neon {
 SpanSums nibble_span_sums(const float* x, int64_t slices);
 void build_nibble_tables(Accuracy accuracy, const float* x, int64_t slices, const SpanSums& sums, uint8_t* tables,
@@ -107,16 +110,27 @@ void add_nibble_span(Accuracy accuracy, const ByteTask& task);
 // What one instruction set brings. Codes are read folded or plain.
 struct ByteKernels {
   bool folded;
-  bool has_words;  // biqgemm has kernels of its own
   int64_t (*table_bytes)(Accuracy accuracy);
   SpanSums (*span_sums)(const float* x, int64_t slices);
   void (*build_tables)(Accuracy accuracy, const float* x, int64_t slices, const SpanSums& sums, uint8_t* tables,
                        float* step);
   void (*add_span)(Accuracy accuracy, const ByteTask& task);
+
+  // Null where biqgemm has no kernel of its own.
+  void (*build_words)(const float* x, int64_t slices, const SpanSums& sums, int16_t* tables, float* step);
+  void (*add_words)(const WordTask& task);
 };
 
 // Null for an instruction set without integer tables.
 const ByteKernels* byte_kernels(Isa isa);
+
+// Whether look-ups of 6 k serve these. Without VBMI they also beat 16-bit nibbles for one token (1.4 times, hot, Zen
+// 4), but not nibbles of 8 bits.
+inline bool uses_words(Isa isa, Accuracy accuracy, bool biqgemm) {
+  const ByteKernels* kernels = byte_kernels(isa);
+  if (kernels == nullptr || kernels->add_words == nullptr || accuracy >= Accuracy::kNearExact) return false;
+  return biqgemm || (!kernels->folded && accuracy == Accuracy::kAccurate);
+}
 
 // Working memory of a thread, kept from call to call: fresh pages would be cleared by the system each time, which for
 // the 128 KiB of tables of one token takes longer than building them. What is above kMostKept is not kept.

@@ -29,18 +29,30 @@ float inverse_step(float range, float bound, float* step) {
 
 const ByteKernels* byte_kernels([[maybe_unused]] Isa isa) {
 #if LUTGEMM_X86
-  static const ByteKernels vbmi_kernels{
-      true, true, byte_table_bytes, vbmi::span_sums, vbmi::build_byte_tables, vbmi::add_byte_span};
-  static const ByteKernels avx512_kernels{
-      false, false, nibble_table_bytes, avx2::nibble_span_sums, avx2::build_nibble_tables, avx512::add_nibble_span};
+  static const ByteKernels vbmi_kernels{true,
+                                        byte_table_bytes,
+                                        vbmi::span_sums,
+                                        vbmi::build_byte_tables,
+                                        vbmi::add_byte_span,
+                                        avx512::build_word_tables,
+                                        vbmi::add_word_span};
+  static const ByteKernels avx512_kernels{false,
+                                          nibble_table_bytes,
+                                          avx2::nibble_span_sums,
+                                          avx2::build_nibble_tables,
+                                          avx512::add_nibble_span,
+                                          avx512::build_word_tables,
+                                          avx512::add_word_span};
   static const ByteKernels avx2_kernels{
-      false, false, nibble_table_bytes, avx2::nibble_span_sums, avx2::build_nibble_tables, avx2::add_nibble_span};
+      false,  nibble_table_bytes, avx2::nibble_span_sums, avx2::build_nibble_tables, avx2::add_nibble_span, nullptr,
+      nullptr};
   if (isa >= Isa::kAvx512Vbmi) return &vbmi_kernels;
   if (isa == Isa::kAvx512) return &avx512_kernels;
   if (isa == Isa::kAvx2) return &avx2_kernels;
 #elif LUTGEMM_ARM64
   static const ByteKernels neon_kernels{
-      false, false, nibble_table_bytes, neon::nibble_span_sums, neon::build_nibble_tables, neon::add_nibble_span};
+      false,  nibble_table_bytes, neon::nibble_span_sums, neon::build_nibble_tables, neon::add_nibble_span, nullptr,
+      nullptr};
   if (isa >= Isa::kNeon) return &neon_kernels;
 #endif
   return nullptr;
@@ -61,8 +73,8 @@ ByteTokens make_byte_tokens(const PackedBytes& weight, Isa isa, Accuracy accurac
   return t;
 }
 
-void prepare_spans(const PackedBytes& weight, Accuracy accuracy, [[maybe_unused]] bool words, const Io& io,
-                   int64_t begin, int64_t end, ByteTokens& tokens) {
+void prepare_spans(const PackedBytes& weight, Accuracy accuracy, bool words, const Io& io, int64_t begin, int64_t end,
+                   ByteTokens& tokens) {
   const ByteKernels& kernels = *byte_kernels(tokens.isa);
   alignas(64) float x[kWordTableFeatures + 32];
   for (int64_t s = begin; s < end; ++s) {
@@ -77,13 +89,11 @@ void prepare_spans(const PackedBytes& weight, Accuracy accuracy, [[maybe_unused]
       const SpanSums sums = kernels.span_sums(x, span.slices);
       tokens.sums[at] = sums.sum;
       uint8_t* tables = tokens.tables + at * tokens.table_stride;
-#if LUTGEMM_X86
       if (words) {
-        vbmi::build_word_tables(x, span.slices, sums, reinterpret_cast<int16_t*>(tables), &tokens.steps[at]);
-        continue;
+        kernels.build_words(x, span.slices, sums, reinterpret_cast<int16_t*>(tables), &tokens.steps[at]);
+      } else {
+        kernels.build_tables(accuracy, x, span.slices, sums, tables, &tokens.steps[at]);
       }
-#endif
-      kernels.build_tables(accuracy, x, span.slices, sums, tables, &tokens.steps[at]);
     }
   }
 }
@@ -122,10 +132,8 @@ void lut_gemm_chunks(const PackedBytes& weight, Accuracy accuracy, const Io& io,
   }
 }
 
-void biqgemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]] const Io& io,
-                    [[maybe_unused]] const ByteTokens& tokens, [[maybe_unused]] int64_t begin,
-                    [[maybe_unused]] int64_t end) {
-#if LUTGEMM_X86
+void biqgemm_chunks(const PackedBytes& weight, const Io& io, const ByteTokens& tokens, int64_t begin, int64_t end) {
+  const ByteKernels& kernels = *byte_kernels(tokens.isa);
   const int64_t most = std::min(end - begin, kChunksAtOnce), block_floats = tokens.count * kByteRows;
   thread_local ThreadScratch kept;
   Scratch<uint8_t> large;
@@ -146,9 +154,9 @@ void biqgemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]]
         const int64_t soon = block + distance;
         const Piece ahead = soon < blocks ? piece_of(span, soon) : piece_of(next, soon - blocks);
         const uint8_t* ahead_start = span.starts_group ? ahead.scales : ahead.codes;
-        vbmi::add_word_span({&weight, piece_of(span, block), ahead_start, span.bytes, span.slices, tokens.count,
-                             reinterpret_cast<const int16_t*>(tokens.tables_of(s)), tokens.steps + at, tokens.sums + at,
-                             y + block * block_floats});
+        kernels.add_words({&weight, piece_of(span, block), ahead_start, span.bytes, span.slices, tokens.count,
+                           reinterpret_cast<const int16_t*>(tokens.tables_of(s)), tokens.steps + at, tokens.sums + at,
+                           y + block * block_floats});
       }
     }
     for (int64_t block = 0; block < blocks; ++block) {
@@ -158,7 +166,6 @@ void biqgemm_chunks([[maybe_unused]] const PackedBytes& weight, [[maybe_unused]]
       }
     }
   }
-#endif
 }
 
 }  // namespace lutgemm

@@ -103,7 +103,7 @@ CodebookWeight codebook_weight(const Case& c) {
   return w;
 }
 
-void run_bytes(const BcqWeight& w, Isa isa, Accuracy accuracy, const Io& io) {
+void run_bytes(const BcqWeight& w, Isa isa, Accuracy accuracy, bool biqgemm, const Io& io) {
   const bool folded = byte_kernels(isa)->folded;
   const PackedBytes layout = byte_layout(w.N, w.K, w.group_size, w.bits, w.uniform, w.offsets != nullptr, w.scale_dtype,
                                          w.zeros_dtype, folded);
@@ -113,11 +113,16 @@ void run_bytes(const BcqWeight& w, Isa isa, Accuracy accuracy, const Io& io) {
   pack_byte_chunks(w, layout, 0, layout.chunks, packed.get());
   PackedBytes weight;
   if (const char* fault = parse_byte_layout(packed.get(), bytes, &weight)) throw std::runtime_error(fault);
-  for (int64_t m = 0; m < io.M; m += kByteTokens) {
-    const int64_t count = io.M - m < kByteTokens ? io.M - m : kByteTokens;
-    ByteTokens tokens = make_byte_tokens(weight, isa, accuracy, false, m, count);
-    prepare_spans(weight, accuracy, false, io, 0, weight.spans, tokens);
-    lut_gemm_chunks(weight, accuracy, io, tokens, 0, weight.chunks);
+  const bool words = uses_words(isa, accuracy, biqgemm);
+  const int64_t most = words ? kWordTokens : kByteTokens;
+  for (int64_t m = 0; m < io.M; m += most) {
+    ByteTokens tokens = make_byte_tokens(weight, isa, accuracy, words, m, io.M - m < most ? io.M - m : most);
+    prepare_spans(weight, accuracy, words, io, 0, weight.spans, tokens);
+    if (words) {
+      biqgemm_chunks(weight, io, tokens, 0, weight.chunks);
+    } else {
+      lut_gemm_chunks(weight, accuracy, io, tokens, 0, weight.chunks);
+    }
   }
 }
 
@@ -171,7 +176,7 @@ std::vector<uint8_t> run(const Case& c) {
       if (accuracy == Accuracy::kExact || byte_kernels(isa) == nullptr) {
         run_words(bcq_weight(c), isa, kernel == kBiqgemm, io);
       } else {
-        run_bytes(bcq_weight(c), isa, accuracy, io);
+        run_bytes(bcq_weight(c), isa, accuracy, kernel == kBiqgemm, io);
       }
   }
   return y;

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..accuracy import EXACT
+from ..accuracy import EXACT, NEAR_EXACT
 from ..errors import ArgumentError
 from ..formats import BCQWeight
 from . import Backend, Problem, Reason, prepared, tuned
@@ -137,18 +137,23 @@ BcqTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 def _packed_kind(isa: int, accuracy: int) -> str:
     """The BCQ layout to read: "words" for tables in fp32; for integer ones "bytes" (AVX-512 VBMI) or "nibbles".
 
-    Scalar code gains nothing from integers: its kernels in fp32 serve every accuracy.
+    Scalar code gains nothing from integers: its kernels in fp32 serve every accuracy. Nor does AVX-512 without VBMI from
+    integers of 16 bits by nibbles, which took 7 to 10 % longer than fp32 in most shapes.
     """
-    if accuracy == EXACT or isa == 0:
+    if accuracy == EXACT or isa == 0 or (accuracy == NEAR_EXACT and ISAS[isa] == "avx512"):
         return "words"
     return "bytes" if ISAS[isa] == "avx512vbmi" else "nibbles"
 
 
 def integer_tables(problem: Problem) -> bool:
-    """Whether the look-up kernels that would run `problem` from here use integer tables."""
-    if problem.accuracy == EXACT or ISAS[_isa()] != "avx512vbmi":
-        return False
-    return problem.op == "bcq_linear" or problem.codebook_bits <= 8
+    """Whether the look-up kernels that would run `problem` from here use integer tables of AVX-512.
+
+    Those of AVX2 take about as long as tables in fp32 do with AVX-512, so the thresholds of these hold for them.
+    """
+    name = ISAS[_isa()]
+    if problem.op == "bcq_linear":
+        return name.startswith("avx512") and _packed_kind(_isa(), problem.accuracy) != "words"
+    return name == "avx512vbmi" and problem.accuracy != EXACT and problem.codebook_bits <= 8
 
 
 def _choose(problem: Problem) -> str:

@@ -31,7 +31,7 @@ class Threshold:
     max_tokens: int
     max_tokens_bf16: int
     integer_tables: bool = False
-    """The row is for kernels of integer tables (accuracy below "exact", AVX-512 VBMI)."""
+    """The row is for kernels of integer tables (accuracy below "exact", AVX-512; measured with VBMI)."""
     device: str = CPU_DEVICE
     date: str = CPU_DATE
 
