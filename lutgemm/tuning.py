@@ -130,10 +130,10 @@ def _problem(case: OpCase, m: int, dtype: torch.dtype, accuracy: int) -> Problem
 
 
 def _accuracies(case: OpCase) -> dict[bool, str]:
-    """Whether look-ups use integer tables -> an accuracy that has them do so; one entry where this makes none."""
-    found = {}
+    """Which rows of thresholds there are -> the accuracy they are measured at: the default one where they serve it."""
+    found: dict[bool, str] = {}
     for name in (DEFAULT, ACCURACIES[EXACT]):
-        found[cpu.integer_tables(_problem(case, 1, torch.float32, ACCURACIES.index(name)))] = name
+        found.setdefault(cpu.integer_tables(_problem(case, 1, torch.float32, ACCURACIES.index(name))), name)
     return found
 
 

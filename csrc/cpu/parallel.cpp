@@ -59,7 +59,7 @@ class Helpers {
       free_places_ = helpers;
       ++calls_;
     }
-    helpers > 1 ? wake_.notify_all() : wake_.notify_one();
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
     task.work();
     std::unique_lock<std::mutex> lock(mutex_);
     task_ = nullptr;

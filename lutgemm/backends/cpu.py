@@ -137,8 +137,8 @@ BcqTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 def _packed_kind(isa: int, accuracy: int) -> str:
     """The BCQ layout to read: "words" for tables in fp32; for integer ones "bytes" (AVX-512 VBMI) or "nibbles".
 
-    Scalar code gains nothing from integers: its kernels in fp32 serve every accuracy. Nor does AVX-512 without VBMI from
-    integers of 16 bits by nibbles, which took 7 to 10 % longer than fp32 in most shapes.
+    Scalar code gains nothing from integers: its kernels in fp32 serve every accuracy. Nor does AVX-512 without VBMI
+    from integers of 16 bits by nibbles, which took 7 to 10 % longer than fp32 in most shapes.
     """
     if accuracy == EXACT or isa == 0 or (accuracy == NEAR_EXACT and ISAS[isa] == "avx512"):
         return "words"

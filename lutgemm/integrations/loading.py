@@ -20,6 +20,9 @@ from .quantization_config import QUANT_METHOD, REMEDY, parse
 COUNTS = re.compile(r"^(num|n)_(\w+_)?(layers?|blocks|experts|labels)$|_layers$")
 """Fields of config.json by which transformers repeats something in memory, on the meta device too."""
 
+USUAL_LAYERS = 1000
+"""More than any model has, and few enough to build."""
+
 MAX_COUNT = 1_000_000
 """Largest accepted count; real ones stay below 22 000 (labels of ImageNet-21k)."""
 
@@ -98,7 +101,8 @@ def _config_of_hub_id(source: str) -> Mapping[str, Any]:
 def _check_counts(config: Mapping[str, Any], num_tensors: int | None) -> None:
     """Refuse a configuration whose model, or whose mere parsing, would take all memory.
 
-    num_tensors: of the files, if known; a model has at least one tensor per layer.
+    num_tensors: of the files, if known; a model has at least one tensor per layer. Some counts with "layer" in their
+    name are of something else, so up to `USUAL_LAYERS` any will do.
     """
     sections: list[Any] = [config]
     while sections:
@@ -110,7 +114,7 @@ def _check_counts(config: Mapping[str, Any], num_tensors: int | None) -> None:
             for name, value in section.items():
                 if not COUNTS.search(name) or not isinstance(value, int):
                     continue
-                limit = num_tensors if num_tensors is not None and "layer" in name else MAX_COUNT
+                limit = max(num_tensors, USUAL_LAYERS) if num_tensors is not None and "layer" in name else MAX_COUNT
                 if not 0 <= value <= limit:
                     raise CheckpointError(
                         f"config.json: {name}={value}, accepted here are 0 to {limit}; "
