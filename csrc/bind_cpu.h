@@ -28,9 +28,6 @@ namespace lutgemm::bind {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Far above any model, small enough that no size overflows an int64 (MAX_FEATURES of the formats).
-constexpr int64_t kMaxFeatures = int64_t(1) << 24;
-
 // Throws std::runtime_error (RuntimeError in Python) of the joined text unless `ok`.
 template <class... Text>
 inline void check(bool ok, const Text&... text) {
@@ -104,8 +101,6 @@ inline ScalarType scalar_type(DType dtype) {
       return ScalarType::BFloat16;
     case DType::kUInt8:
       return ScalarType::Byte;
-    case DType::kInt16:
-      return ScalarType::Short;
     default:
       return ScalarType::Float;
   }

@@ -1,4 +1,4 @@
-// The BCQ operators of the CPU: every argument checked, tensors -> params, work cut over torch's threads.
+// The BCQ operators of the CPU: every argument checked, tensors -> params, work shared among threads.
 #include <algorithm>
 
 #include "bind_cpu.h"

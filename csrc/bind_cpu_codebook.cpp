@@ -17,14 +17,14 @@ CodebookWeight make_weight(const Tensor& codes, const Tensor& codebooks, const T
                            int64_t group_size) {
   check_tensor(codes, "codes", {-1, -1, -1});
   check_tensor(codebooks, "codebooks", {-1, -1, -1});
-  check_range("K", K, 1, bind::kMaxFeatures);
-  check_range("group_size", group_size, 1, bind::kMaxFeatures);
+  check_range("K", K, 1, kMaxFeatures);
+  check_range("group_size", group_size, 1, kMaxFeatures);
 
   CodebookWeight w{};
   w.num_codebooks = int(std::min<int64_t>(codes.size(0), 5));
   check_range("codes.shape[0] (num_codebooks)", codes.size(0), 1, 4);
   w.N = codes.size(1);
-  check_range("codes.shape[1] (N)", w.N, 1, bind::kMaxFeatures);
+  check_range("codes.shape[1] (N)", w.N, 1, kMaxFeatures);
   w.K = K;
   const int64_t entries = codebooks.size(1), vec_len = codebooks.size(2);
   check(vec_len == 2 || vec_len == 4 || vec_len == 8 || vec_len == 16, "codebooks: vec_len=", vec_len,

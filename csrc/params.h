@@ -7,7 +7,7 @@
 
 namespace lutgemm {
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3, kInt16 = 4 };
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3 };
 
 // Instruction sets of this architecture, each including the ones before it. kAvx512 = F, BW, DQ and VL; kAvx512Vbmi
 // adds VBMI and GFNI.
@@ -21,6 +21,10 @@ constexpr Isa kLastIsa = Isa::kAvx512Vbmi;
 
 // The least accuracy asked for: tables of 8, 12 or 16 bits, or fp32. A kernel may be more accurate than asked.
 enum class Accuracy : int { kFast = 0, kAccurate = 1, kNearExact = 2, kExact = 3 };
+
+// Most N, K and group_size: far above any model, small enough that no size overflows an int64 (MAX_FEATURES of the
+// formats).
+constexpr int64_t kMaxFeatures = int64_t(1) << 24;
 
 // A BCQ weight as SPEC.md stores it (section 2). The ratio kind reaches kernels in its free form.
 struct BcqWeight {

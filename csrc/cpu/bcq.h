@@ -3,15 +3,17 @@
 //   y[m, n] = sum over g of ( offset[n, g] * sum(x of g) + sum over b of scale[b, n, g] * dot[b, n, g] ) + bias[n]
 //   dot[b, n, g] = sum over the k of g of sign(b, n, k) * x[m, k]            looked up, never multiplied
 //
-// Every kernel, algorithm and instruction set adds in this order: k rises within a group, then the offset term, then
-// the planes, then the groups. So results do not depend on threads, on the number of tokens, or on the algorithm.
+// Kernels with fp32 tables add in one order: from 0, or from the offset term, the planes of a group in turn; then the
+// group to y. Within dot k rises, a table at a time. So results depend neither on threads, nor on the number of tokens,
+// nor on whether lut_gemm or biqgemm is asked for; and AVX2 and AVX-512, whose tables are of 4 k, give the same bits.
+// The scalar kernels' tables are of 8 k, and they round products before they add them: their last bits differ. Integer
+// tables: byte_kernels.h.
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <new>
 
 #include "../params.h"
+#include "scratch.h"
 
 namespace lutgemm {
 
@@ -74,18 +76,6 @@ void pack_row_blocks(const BcqWeight& weight, const PackedBcq& layout, int64_t b
 
 // Reads a header that may hold anything. Null, or why `packed` is not a prepared weight of `bytes` bytes.
 const char* parse_packed(const uint8_t* packed, int64_t bytes, PackedBcq* layout);
-
-// 64-byte aligned scratch memory, uninitialised.
-template <class T>
-struct AlignedDelete {
-  void operator()(T* data) const { ::operator delete[](data, std::align_val_t(64)); }
-};
-template <class T>
-using Scratch = std::unique_ptr<T[], AlignedDelete<T>>;
-template <class T>
-Scratch<T> make_scratch(int64_t count) {
-  return Scratch<T>(static_cast<T*>(::operator new[](size_t(count > 0 ? count : 1) * sizeof(T), std::align_val_t(64))));
-}
 
 // What one instruction set brings. tables: of 32 consecutive k, `table_floats` floats. y: [tokens][64], added to.
 struct LutKernels {

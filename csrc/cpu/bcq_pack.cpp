@@ -3,12 +3,12 @@
 
 #include "bcq.h"
 #include "convert.h"
+#include "packed_header.h"
 
 namespace lutgemm {
 namespace {
 
 constexpr uint64_t kMagic = 0x3151'4342'5455'4CULL;  // "LUTBCQ1"
-constexpr int64_t kMaxFeatures = int64_t(1) << 24;
 
 struct Header {
   uint64_t magic;
@@ -17,8 +17,6 @@ struct Header {
   int64_t bytes;
 };
 static_assert(sizeof(Header) <= kPackedHeaderBytes, "the header has its own cache line");
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Row n's per-group values of `source` [N, G], for the 64 rows of a block, to `out`; rows beyond N become zero.
 void pack_column(const BcqWeight& weight, const void* source, DType dtype, int64_t row, int64_t g, uint8_t* out) {
@@ -116,15 +114,7 @@ const char* parse_packed(const uint8_t* packed, int64_t bytes, PackedBcq* layout
   if (bytes < kPackedHeaderBytes) return "it is too short for a header";
   std::memcpy(&h, packed, sizeof h);
   if (h.magic != kMagic) return "it does not start with the mark of a prepared BCQ weight";
-  if (h.N < 1 || h.N > kMaxFeatures || h.K < 1 || h.K > kMaxFeatures) return "its header has an impossible N or K";
-  if (h.group_size < 1 || h.group_size > kMaxFeatures || (h.group_size % 32 != 0 && h.group_size < h.K)) {
-    return "its header has an impossible group size";
-  }
-  if (h.bits < 1 || h.bits > kMaxBits) return "its header has an impossible number of bits";
-  if ((h.uniform | h.has_offsets) & ~1 || (h.uniform && h.has_offsets)) return "its header has an unknown kind";
-  if (h.scale_dtype < int(DType::kFloat32) || h.scale_dtype > int(DType::kBFloat16)) {
-    return "its header has an unknown scale dtype";
-  }
+  if (const char* fault = bcq_header_fault(h)) return fault;
   *layout = packed_layout(h.N, h.K, h.group_size, h.bits, h.uniform, h.has_offsets, DType(h.scale_dtype));
   if (h.bytes != packed_bytes(*layout) || h.bytes != bytes) return "its size is not what its header says";
   layout->blocks = packed + kPackedHeaderBytes;

@@ -21,16 +21,18 @@
 // (e + 1/2) * step, so that the bitwise complement is its exact negative; other ones are rounded to nearest. Sums
 // within a span are integers, hence exact; then fp32: y += step * (sum over b of scale[b] * dot[b]), spans in order. So
 // a result depends neither on threads nor on the other tokens.
+//
+// The range of x is narrower than that of fp32. Where the bound of the step (S when accurate, else A) is below 7.7e-34,
+// the span's look-ups count as zero; where S is above 3.4e38, the largest fp32, results are NaN.
 #pragma once
 
 #include <cstdint>
 
 #include "bcq.h"
 #include "byte_layout.h"
+#include "scratch.h"
 
 namespace lutgemm {
-
-constexpr int64_t kSpanFeatures = kSpanSlices * 8;  // k of a full span
 
 // Look-ups of 6 k in a span of `slices` code bytes, and in a full one.
 constexpr int64_t word_look_ups(int64_t slices) { return slices / 3 * 4 + (slices % 3 ? slices % 3 + 1 : 0); }
@@ -131,30 +133,6 @@ inline bool uses_words(Isa isa, Accuracy accuracy, bool biqgemm) {
   if (kernels == nullptr || kernels->add_words == nullptr || accuracy >= Accuracy::kNearExact) return false;
   return biqgemm || (!kernels->folded && accuracy == Accuracy::kAccurate);
 }
-
-// Working memory of a thread, kept from call to call: fresh pages would be cleared by the system each time, which for
-// the 128 KiB of tables of one token takes longer than building them. What is above kMostKept is not kept.
-class ThreadScratch {
- public:
-  static constexpr int64_t kMostKept = int64_t(8) << 20;
-
-  // 64-byte aligned, uninitialised, until the next call; `large` holds it when it is not kept.
-  uint8_t* get(int64_t bytes, Scratch<uint8_t>& large) {
-    if (bytes > kMostKept) {
-      large = make_scratch<uint8_t>(bytes);
-      return large.get();
-    }
-    if (bytes > size_) {
-      data_ = make_scratch<uint8_t>(bytes);
-      size_ = bytes;
-    }
-    return data_.get();
-  }
-
- private:
-  Scratch<uint8_t> data_;
-  int64_t size_ = 0;
-};
 
 // The tables of some tokens, all of K, in the calling thread's memory: filled span by span, read by all threads.
 struct ByteTokens {

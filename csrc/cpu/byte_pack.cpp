@@ -5,12 +5,12 @@
 #include "bcq.h"
 #include "byte_layout.h"
 #include "convert.h"
+#include "packed_header.h"
 
 namespace lutgemm {
 namespace {
 
 constexpr uint64_t kMagic = 0x3142'4342'5455'4CULL;  // "LUTBCB1"
-constexpr int64_t kMaxFeatures = int64_t(1) << 24;
 
 struct Header {
   uint64_t magic;
@@ -19,8 +19,6 @@ struct Header {
   int64_t bytes;
 };
 static_assert(sizeof(Header) <= kPackedHeaderBytes, "the header has its own cache line");
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Values [N, G] of group g, rows from `row`, to the 64 of a block; rows beyond N become zero.
 uint8_t* pack_column(const BcqWeight& weight, const void* source, DType dtype, int64_t row, int64_t g, uint8_t* out) {
@@ -135,15 +133,7 @@ const char* parse_byte_layout(const uint8_t* packed, int64_t bytes, PackedBytes*
   Header h;
   if (!is_byte_layout(packed, bytes)) return "it does not start with the mark of a prepared BCQ weight";
   std::memcpy(&h, packed, sizeof h);
-  if (h.N < 1 || h.N > kMaxFeatures || h.K < 1 || h.K > kMaxFeatures) return "its header has an impossible N or K";
-  if (h.group_size < 1 || h.group_size > kMaxFeatures || (h.group_size % 32 != 0 && h.group_size < h.K)) {
-    return "its header has an impossible group size";
-  }
-  if (h.bits < 1 || h.bits > kMaxBits) return "its header has an impossible number of bits";
-  if ((h.uniform | h.has_offsets) & ~1 || (h.uniform && h.has_offsets)) return "its header has an unknown kind";
-  if (h.scale_dtype < int(DType::kFloat32) || h.scale_dtype > int(DType::kBFloat16)) {
-    return "its header has an unknown scale dtype";
-  }
+  if (const char* fault = bcq_header_fault(h)) return fault;
   if (h.zeros_dtype < int(DType::kFloat32) || h.zeros_dtype > int(DType::kUInt8)) {
     return "its header has an unknown dtype of zeros";
   }

@@ -49,13 +49,6 @@ struct ByteScales {
   }
 };
 
-// Sign bits that turn x0 .. x3 into +-x0 .. +-x3 of entry e: bit i of e set means +.
-inline __m512 sign_of_bit(int bit) {
-  const __m512i entry = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __mmask16 minus = _mm512_testn_epi32_mask(entry, _mm512_set1_epi32(1 << bit));
-  return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(minus, int(0x80000000u)));
-}
-
 // Two vectors of 32 unsigned 16-bit numbers, in the order of two unpacked vectors of bytes -> 64 rows of
 // 2^23 + number, in fp32: 0x4B00 above a number is just that float.
 inline void widen(__m512i low, __m512i high, __m512 (&rows)[kVectors]) {

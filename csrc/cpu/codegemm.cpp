@@ -6,6 +6,7 @@
 #include "codegemm_fixed.h"
 #include "convert.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace lutgemm {
 namespace {
@@ -132,7 +133,8 @@ void codegemm(const PackedLayout& p, const void* packed, const Io& io, Isa isa, 
     codegemm_fixed(p, packed, io, isa, *kernel, block_begin, block_end);
     return;
   }
-  static thread_local Scratch scratch;
+  thread_local ThreadScratch kept;
+  Scratch<uint8_t> large;
   const int64_t padded = p.J * p.vec_len;
   for (int64_t m0 = 0, step = 0; m0 < io.M; m0 += step) {
     const CodegemmKernel& kernel = choose_kernel(p, isa, io.M - m0);
@@ -143,7 +145,8 @@ void codegemm(const PackedLayout& p, const void* packed, const Io& io, Isa isa, 
     const int64_t blocks = std::clamp<int64_t>(kSumFloats / (2 * step * kBlockRows), 1, block_end - block_begin);
     const int64_t sums = step * blocks * kBlockRows;
     const int64_t table_floats = int64_t(kernel.entries) * p.table_entries * width;
-    float* tables = scratch.at_least(table_floats + 2 * sums + aligned(padded * step) + padded);
+    const int64_t floats = table_floats + 2 * sums + aligned(padded * step) + padded;
+    auto* tables = reinterpret_cast<float*>(kept.get(floats * int64_t(sizeof(float)), large));
     float* partial = tables + table_floats;
     float* y = partial + sums;
     float* x = y + sums;

@@ -1,40 +1,15 @@
-// What the CodeGEMM drivers share: a thread's memory, and results to their rows.
+// What the CodeGEMM drivers share.
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
+#include <cstdint>
 
 #include "codebook.h"
 #include "convert.h"
 
 namespace lutgemm {
 
-// 64-byte aligned floats that a thread keeps between calls: fresh pages would cost as much as a small layer.
-class Scratch {
- public:
-  float* at_least(int64_t floats) {
-    if (floats > size_) {
-      const size_t bytes = (size_t(floats) * 4 + 63) / 64 * 64;
-      void* fresh = std::aligned_alloc(64, bytes);
-      if (fresh == nullptr) throw std::bad_alloc();
-      data_.reset(static_cast<float*>(fresh));
-      std::memset(fresh, 0, bytes);
-      size_ = floats;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
-  int64_t size_ = 0;
-};
-
+// Floats up to the next border of 64 bytes.
 inline int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // y [passes][row_stride][width] fp32, plus bias, rounded once -> io.y[m0 + .., row0 : row0 + rows].

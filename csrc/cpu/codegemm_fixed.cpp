@@ -6,6 +6,7 @@
 #include "codegemm_driver.h"
 #include "convert.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace lutgemm {
 namespace {
@@ -138,14 +139,16 @@ const FixedKernel* fixed_kernel([[maybe_unused]] const PackedLayout& p, [[maybe_
 
 void codegemm_fixed(const PackedLayout& p, const void* packed, const Io& io, Isa isa, const FixedKernel& kernel,
                     int64_t block_begin, int64_t block_end) {
-  static thread_local Scratch scratch;
+  thread_local ThreadScratch kept;
+  Scratch<uint8_t> large;
   const int64_t padded = p.J * p.vec_len, x_stride = aligned(padded);
   const int64_t table_floats = aligned(int64_t(p.tile_entries) * kernel.table_bytes / 4);
   for (int64_t m0 = 0; m0 < io.M; m0 += kTokens) {
     const int64_t tokens = std::min(kTokens, io.M - m0);
     const int64_t blocks = std::clamp<int64_t>(kSumFloats / (2 * tokens * kBlockRows), 1, block_end - block_begin);
     const int64_t sums = tokens * blocks * kBlockRows;
-    float* tables = scratch.at_least(tokens * (table_floats + x_stride) + 2 * sums);
+    const int64_t floats = tokens * (table_floats + x_stride) + 2 * sums;
+    auto* tables = reinterpret_cast<float*>(kept.get(floats * int64_t(sizeof(float)), large));
     float* partial = tables + tokens * table_floats;
     float* y = partial + sums;
     float* x = y + sums;

@@ -21,12 +21,14 @@
 #include <cstring>
 
 #include "codegemm_fixed.h"
+#include "lut_avx512.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of gcc's own headers: the registers that they leave undefined
 #endif
 
 LUTGEMM_TARGET_AVX512VBMI_BEGIN
+#include "byte_planes_vbmi.h"
 #include "codegemm_planes_vbmi.h"
 
 namespace lutgemm {
@@ -145,33 +147,18 @@ Scaling classify(const FixedBuildArgs& a, FixedTables& made) {
   return scaling;
 }
 
-// vpermi2b index: bytes p of the 32 dwords in two vectors, then their bytes p + 1.
-struct PickBytes {
-  alignas(64) uint8_t bytes[64] = {};
-  explicit constexpr PickBytes(int p) {
-    for (int i = 0; i < 32; ++i) {
-      bytes[i] = uint8_t(4 * i + p);
-      bytes[32 + i] = uint8_t(4 * i + p + 1);
-    }
-  }
-};
-constexpr PickBytes kPick1(1), kPick2(2);
-
 // 64 sums of build64 -> 64 bytes of each plane.
 template <int kBits>
 inline void store_planes(__m512i* v, uint8_t* table) {
   using T = Tables<kBits>;
-  const __m512i index = _mm512_load_si512(T::kFloat ? kPick1.bytes : kPick2.bytes);
   if constexpr (!T::kPaired) {  // else the high plane is on a byte's border already
     for (int u = 0; u < 4; ++u) v[u] = _mm512_add_epi32(v[u], v[u]);
   }
-  const __m512i first = _mm512_permutex2var_epi8(v[0], index, v[1]);
-  const __m512i second = _mm512_permutex2var_epi8(v[2], index, v[3]);
-  const __m512i high = _mm512_shuffle_i64x2(first, second, 0xEE);
+  __m512i low, high;
+  pick_bytes<T::kFloat ? 1 : 2>(v, &low, &high);
   if constexpr (T::kPlanes == 1) {
     _mm512_storeu_si512(table, high);
   } else {
-    __m512i low = _mm512_shuffle_i64x2(first, second, 0x44);
     if constexpr (T::kPaired) low = _mm512_and_si512(_mm512_srli_epi16(low, 1), _mm512_set1_epi8(0x7F));
     _mm512_storeu_si512(table, low);
     _mm512_storeu_si512(table + kPlaneBytes, high);
@@ -265,14 +252,6 @@ void build(const FixedBuildArgs& a, FixedTables& made) {
   }
 }
 
-inline __m512 load_scales16(const FixedGatherArgs& a, int row) {
-  if (a.scale_dtype == DType::kFloat32) return _mm512_loadu_ps(static_cast<const float*>(a.scales) + row);
-  const __m256i raw =
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(a.scales) + row));
-  if (a.scale_dtype == DType::kFloat16) return _mm512_cvtph_ps(raw);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
-
 // Sums of 64 rows' bytes of one plane or two.
 template <int kBits>
 struct Sums {
@@ -302,7 +281,8 @@ template <bool kFirst, bool kLast>
   const __m512 step = _mm512_set1_ps(a.step);
   sums = kFirst ? _mm512_mul_ps(sums, step) : _mm512_fmadd_ps(sums, step, _mm512_loadu_ps(a.partial + row));
   if constexpr (kLast) {
-    _mm512_storeu_ps(a.y + row, _mm512_fmadd_ps(load_scales16(a, row), sums, _mm512_loadu_ps(a.y + row)));
+    _mm512_storeu_ps(a.y + row,
+                     _mm512_fmadd_ps(avx512::load16(a.scales, a.scale_dtype, row), sums, _mm512_loadu_ps(a.y + row)));
   } else {
     _mm512_storeu_ps(a.partial + row, sums);
   }

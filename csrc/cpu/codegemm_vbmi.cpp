@@ -14,8 +14,10 @@
 
 #include "codebook.h"
 #include "convert.h"
+#include "lut_avx512.h"
 
 LUTGEMM_TARGET_AVX512VBMI_BEGIN
+#include "byte_planes_vbmi.h"
 #include "codegemm_planes_vbmi.h"
 
 namespace lutgemm {
@@ -27,30 +29,13 @@ constexpr int kPrefetchBytes = 34 << 10;
 
 constexpr int kTableBytes = 4 * kPlaneBytes;
 
-// vpermi2b index: bytes p and p + 1 of the 32 dwords in two vectors, 32 of the one, then 32 of the other.
-struct PickPlanes {
-  alignas(64) uint8_t bytes[64] = {};
-  explicit constexpr PickPlanes(int p) {
-    for (int i = 0; i < 32; ++i) {
-      bytes[i] = uint8_t(4 * i + p);
-      bytes[32 + i] = uint8_t(4 * i + p + 1);
-    }
-  }
-};
-constexpr PickPlanes kPick[2] = {PickPlanes(0), PickPlanes(2)};
-
 // 64 fp32 -> 64 bytes of each of the four planes.
 inline void store_planes(const __m512* values, uint8_t* planes) {
-  __m512i v[4];
+  __m512i v[4], byte[4];
   for (int i = 0; i < 4; ++i) v[i] = _mm512_castps_si512(values[i]);
-  for (const PickPlanes& pick : kPick) {
-    const __m512i index = _mm512_load_si512(pick.bytes);
-    const __m512i low = _mm512_permutex2var_epi8(v[0], index, v[1]);
-    const __m512i high = _mm512_permutex2var_epi8(v[2], index, v[3]);
-    _mm512_storeu_si512(planes, _mm512_shuffle_i64x2(low, high, 0x44));
-    _mm512_storeu_si512(planes + kPlaneBytes, _mm512_shuffle_i64x2(low, high, 0xEE));
-    planes += 2 * kPlaneBytes;
-  }
+  pick_bytes<0>(v, &byte[0], &byte[1]);
+  pick_bytes<2>(v, &byte[2], &byte[3]);
+  for (int b = 0; b < 4; ++b) _mm512_storeu_si512(planes + b * kPlaneBytes, byte[b]);
 }
 
 void build(const BuildArgs& a) {
@@ -70,14 +55,6 @@ void build(const BuildArgs& a) {
       store_planes(sum, table + i);
     }
   }
-}
-
-__m512 load_scales16(const GatherArgs& a, int row) {
-  if (a.scale_dtype == DType::kFloat32) return _mm512_loadu_ps(static_cast<const float*>(a.scales) + row);
-  const __m256i raw =
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(a.scales) + row));
-  if (a.scale_dtype == DType::kFloat16) return _mm512_cvtph_ps(raw);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
 
 template <int kVectors>
@@ -117,7 +94,8 @@ void gather_block(const GatherArgs& a) {
     for (int v = 0; v < 4; ++v) {
       const int row = h * 64 + v * 16;
       if (a.last) {
-        _mm512_storeu_ps(a.y + row, _mm512_fmadd_ps(load_scales16(a, row), sum[h][v], _mm512_loadu_ps(a.y + row)));
+        _mm512_storeu_ps(a.y + row, _mm512_fmadd_ps(avx512::load16(a.scales, a.scale_dtype, row), sum[h][v],
+                                                    _mm512_loadu_ps(a.y + row)));
       } else {
         _mm512_storeu_ps(a.partial + row, sum[h][v]);
       }

@@ -33,6 +33,13 @@ inline __m512 load16(const void* data, DType dtype, int64_t index) {
   return _mm512_loadu_ps(static_cast<const float*>(data) + index);
 }
 
+// Sign bits that turn x0 .. x3 into +-x0 .. +-x3 of entry e: bit i of e set means +.
+inline __m512 sign_of_bit(int bit) {
+  const __m512i entry = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 minus = _mm512_testn_epi32_mask(entry, _mm512_set1_epi32(1 << bit));
+  return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(minus, int(0x80000000u)));
+}
+
 // The scales of one group of a row block, in the order of bcq.h.
 struct GroupScales {
   const uint8_t* data;

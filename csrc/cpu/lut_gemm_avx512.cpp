@@ -77,17 +77,10 @@ void add_planes(const GroupTask& task, int planes, const GroupScales& scales, __
   }
 }
 
-// Sign bits that turn x0 .. x3 into +-x0 .. +-x3 of table entry e: bit i of e set means +.
-inline __m512 signs_of_bit(int bit) {
-  const __m512i entry = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __mmask16 minus = _mm512_testn_epi32_mask(entry, _mm512_set1_epi32(1 << bit));
-  return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(minus, int(0x80000000u)));
-}
-
 }  // namespace
 
 void build_tables(const float* x, int64_t words, float* tables) {
-  const __m512 sign[4] = {signs_of_bit(0), signs_of_bit(1), signs_of_bit(2), signs_of_bit(3)};
+  const __m512 sign[4] = {sign_of_bit(0), sign_of_bit(1), sign_of_bit(2), sign_of_bit(3)};
   for (int64_t slice = 0; slice < words * kSlices; ++slice) {
     __m512 term[4];
 #pragma GCC unroll 4
