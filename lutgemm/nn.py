@@ -14,6 +14,7 @@ from tqdm import tqdm
 from . import fusion, ops
 from ._plain import any_autocast
 from .accuracy import AUTO, resolve_accuracy
+from .backends import prepared
 from .config import BCQConfig, CodebookConfig
 from .coverage import CoverageReport, LayerReport, SkippedReport
 from .errors import ArgumentError, FormatError, LutgemmError
@@ -151,6 +152,12 @@ class QuantizedLinear(nn.Module):
                 if tensor is not None and tensor.is_inference():
                     held[name] = _normal(tensor)  # type: ignore[assignment]
 
+    def _forget(self) -> None:
+        """Before tensors are replaced. `torch.utils.swap_tensors`, which may do that, refuses tensors that are watched
+        by weak references, as those of a prepared layout are."""
+        self._record = None
+        prepared.forget(*(t for held in (self._parameters, self._buffers) for t in held.values() if t is not None))
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the record and the group out; the copy builds its own record."""
         return self.__dict__ | {"_record": None, "_fused": None}
@@ -164,12 +171,12 @@ class QuantizedLinear(nn.Module):
             keep = moved.dtype == tensor.dtype or any(tensor is c for c in cast)
             return moved if keep else tensor.to(moved.device)
 
+        self._forget()
         with torch.inference_mode(False):
             self._leave_inference_mode()
             super()._apply(move_record, recurse)
         asked = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.dtype = asked if asked.is_floating_point else self.dtype
-        self._record = None
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
@@ -181,9 +188,9 @@ class QuantizedLinear(nn.Module):
                 record.check_values({name for name, tensor in given.items() if not tensor.is_meta})
             except FormatError as error:
                 raise FormatError(f"{prefix.removesuffix('.')}: {error}") from None
+        self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._leave_inference_mode()
-        self._record = None
 
 
 class BCQLinear(QuantizedLinear):

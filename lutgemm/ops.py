@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from ._plain import is_plain
 from .accuracy import AUTO, resolve_accuracy
 from .backends import Kernel, Problem, generation, select
+from .backends.cpu import _forced_isa
 from .errors import ArgumentError
 from .formats import BCQWeight, CodebookWeight, QuantizedWeight
 from .gradients import bcq_gradients, codebook_gradients
@@ -25,6 +26,8 @@ ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 FEW_TOKENS = 64
 """Up to this M the choice of a kernel is kept with the weight: there it is a noticeable part of a call."""
+
+_held_isa = _forced_isa.get
 
 _library = torch.library.Library("lutgemm", "FRAGMENT")
 _library.define(
@@ -61,6 +64,8 @@ def bcq_linear(
     ICLR 2024, section 3), "biqgemm" (BiQGEMM, SC 2020) or "dequantize". An explicit choice runs or raises.
     accuracy: the least that will do: "fast" (tables of 8 bits), "accurate" (12 bits; what "auto" means), "near-exact"
     (16 bits) or "exact" (fp32). A kernel may be more exact than that; see `lutgemm.accuracy`.
+
+    A kernel's layout is kept with the weight's tensors. `weight.at(bits)` makes new ones: keep it between calls.
 
     Raises `ArgumentError` for a wrong shape, dtype, device or name, `BackendError` when an explicit choice cannot run.
     """
@@ -171,7 +176,7 @@ def bcq_choice(
     x: Tensor, weight: BCQWeight, backend: str = AUTO, algorithm: str = AUTO, accuracy: str = AUTO
 ) -> Choice:
     """Who computes `bcq_linear` of x `[..., K]`; kept with the weight where M is small."""
-    key = (x.numel() // x.shape[-1], x.dtype, backend, algorithm, accuracy, generation[0])
+    key = (x.numel() // x.shape[-1], x.dtype, backend, algorithm, accuracy, generation[0], _held_isa())
     choice: Choice | None = weight.choices.get(key)
     if choice is None:
         head = (x, weight.codes, weight.group_size, weight.scale_kind)
@@ -181,7 +186,7 @@ def bcq_choice(
 
 def codebook_choice(x: Tensor, weight: CodebookWeight, backend: str, algorithm: str, accuracy: str) -> Choice:
     """Who computes `codebook_linear` of x `[..., K]`; kept with the weight where M is small."""
-    key = (x.numel() // x.shape[-1], x.dtype, backend, algorithm, accuracy, generation[0])
+    key = (x.numel() // x.shape[-1], x.dtype, backend, algorithm, accuracy, generation[0], _held_isa())
     choice: Choice | None = weight.choices.get(key)
     if choice is None:
         head = (x, weight.codes, weight.codebooks, weight.group_size)
@@ -197,7 +202,7 @@ def _bcq_choice(
     bits, n = codes.shape[:2]
     level = resolve_accuracy(accuracy)
     problem = Problem("bcq_linear", x.device.type, x.dtype, m, n, k, group_size, bits, scale_kind, accuracy=level)
-    chosen, name = select(problem, backend, algorithm)
+    chosen, name = select(problem, backend, algorithm, _held_isa())
     return chosen.bcq_linear, name, level
 
 
@@ -211,7 +216,7 @@ def _codebook_choice(
     level = resolve_accuracy(accuracy)
     shape = (m, n, k, group_size, num_codebooks)
     problem = Problem("codebook_linear", x.device.type, x.dtype, *shape, "", vec_len, codebook_bits, level)
-    chosen, name = select(problem, backend, algorithm)
+    chosen, name = select(problem, backend, algorithm, _held_isa())
     return chosen.codebook_linear, name, level
 
 

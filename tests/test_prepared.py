@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -150,6 +151,68 @@ def test_kinds_lie_side_by_side(weight):
     assert prepared.find(tensors, (32,), "words") is None
     prepared.keep(tensors, (32,), prepared.state_of(tensors), "words", torch.ones(1))
     assert set(prepared.kept(tensors[0])) == {"words"}
+
+
+def test_records_that_share_tensors_keep_their_own(weight, preparations):
+    """Two layers of one record, the record itself, copies of the pair, and records that differ in one tensor only."""
+    layers = torch.nn.ModuleList([QuantizedLinear.from_weight(weight) for _ in range(2)])
+    copies = copy.deepcopy(layers)
+    assert copies[0].codes is copies[1].codes
+    varied = [
+        type(weight)(weight.layout, weight.tensors | {name: tensor.clone()})
+        for name, tensor in weight.tensors.items()
+        if name != "header"
+    ]
+    calls = [*layers, *copies, *(lambda x, w=w: linear(x, w) for w in (weight, *varied))]
+    expected = fresh(weight)
+    preparations.clear()
+    for _ in range(3):
+        assert all(torch.equal(call(X), expected) for call in calls)
+    assert len(preparations) == len(calls)
+    entries = sum(map(len, prepared._entries.values()))
+    layers[0].scales.data.mul_(2)  # the memory of all
+    layers[0].weight_record.repack()
+    assert prepared.kept(weight.codes) == {}
+    assert not torch.equal(linear(X, weight), expected)
+    del calls, varied, layers, copies
+    gc.collect()
+    assert sum(map(len, prepared._entries.values())) <= entries - len(expected[0].shape) - 4
+    assert len(prepared.kept(weight.codes)) == 1
+
+
+def test_a_view_that_is_held_is_prepared_once(preparations):
+    lower = OpCase(bits=3).weight().at(2)
+    for _ in range(3):
+        linear(X, lower)
+    assert len(preparations) == 1
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """`torch.utils.swap_tensors` is how modules change their tensors; it refuses those with weak references."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tensors_may_be_swapped_after_a_call(swapping, fused):
+    model = torch.nn.ModuleDict({n: QuantizedLinear.from_weight(OpCase(bits=3).weight()) for n in ("w1", "w3")})
+    for layer in model.values():
+        layer.bias = torch.nn.Parameter(torch.randn(layer.out_features), requires_grad=False)
+    assert lutgemm.fuse(model) == 1
+    if not fused:
+        lutgemm.fuse(model, ())
+    model["w1"](X), model["w3"](X)
+    model.to(torch.bfloat16)
+    assert model["w1"].bias.dtype == torch.bfloat16
+    model["w1"](X.bfloat16()), model["w3"](X.bfloat16())
+    model.to(torch.float32)
+    model["w1"](X), model["w3"](X)
+    model.load_state_dict({name: t * 2 if name.endswith("scales") else t for name, t in model.state_dict().items()})
+    for layer in model.values():
+        assert torch.equal(layer(X), fresh(layer.weight_record) + layer.bias)
+        assert prepared.kept(layer.codes)
 
 
 def test_copies_and_files_hold_the_record_only(weight):

@@ -1,5 +1,8 @@
 """Calls that need nothing of torch's dispatcher go past it; every other one must be seen by who looks on."""
 
+import dataclasses
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -9,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lutgemm
 from lutgemm import ops
-from lutgemm.backends import forget_choices
+from lutgemm.backends import cpu, forget_choices
 from lutgemm.nn import QuantizedLinear
 from lutgemm.ops import linear
 from lutgemm.testing.cases import CASES, OpCase
@@ -174,6 +177,22 @@ def test_choices_are_kept_for_few_tokens_only(layer):
     assert len(choices) == 4
     with pytest.raises(lutgemm.ArgumentError, match="accuracy='best' is unknown"), torch.no_grad():
         linear(X, layer.weight_record, accuracy="best")
+
+
+def test_a_choice_is_of_an_instruction_set(layer, monkeypatch):
+    chosen = {"scalar": "dequantize"}
+    own = "lut_gemm" if layer.format == "bcq" else "codegemm"
+    backend = dataclasses.replace(cpu.BACKEND, choose=lambda problem: chosen.get(cpu.isa(), own))
+    monkeypatch.setattr(sys.modules["lutgemm.backends"], "registry", lambda: {"cpu": backend})
+    forget_choices()
+    choose = getattr(ops, f"{layer.format}_choice")
+    picked = []
+    for m in (1, 1000):
+        for isa in ("scalar", cpu.available_isas()[-1], "scalar"):
+            with cpu.use_isa(isa):
+                picked.append(choose(torch.zeros(m, 72), layer.weight_record, "auto", "auto", "auto")[1])
+    forget_choices()
+    assert picked == ["dequantize", own, "dequantize"] * 2
 
 
 def test_a_wrong_argument_is_refused_on_both_ways(layer):

@@ -98,8 +98,10 @@ def _refusal(backend: Backend, problem: Problem, algorithm: str) -> Reason | Non
 
 
 @lru_cache(maxsize=8192)
-def select(problem: Problem, backend: str = AUTO, algorithm: str = AUTO) -> tuple[Backend, str]:
+def select(problem: Problem, backend: str = AUTO, algorithm: str = AUTO, isa: int | None = None) -> tuple[Backend, str]:
     """The backend and algorithm that run `problem`; cached per problem.
+
+    isa: what `cpu.use_isa` holds calls to, on which a choice depends; it is part of the key only.
 
     Raises `ArgumentError` for a name that nobody has, `BackendError` when an explicit choice cannot take the problem
     or a backend that would be asked has a setting that it cannot obey.

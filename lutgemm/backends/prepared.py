@@ -1,23 +1,26 @@
 """Kernel layouts of weights, kept for as long as the tensors they were made from.
 
 A kernel looks for its layout when it runs, by the tensors it was given, so that eager calls, compiled and exported
-graphs and training share one copy. An entry is found by the identity of the first tensor and is of use while every
-tensor is the same object, at the same address, with the same version: torch counts a version up at every change in
-place. A change through `.data` is not counted (`QuantizedWeight.repack` tells of one), and tensors made in inference
-mode have no count, so their layouts are made in every call. An entry goes when one of its tensors does.
+graphs and training share one copy. An entry is of use while every tensor is the same object, at the same address, with
+the same version: torch counts a version up at every change in place. A change through `.data` is not counted
+(`QuantizedWeight.repack` tells of one), and tensors made in inference mode have no count, so their layouts are made in
+every call. An entry goes when one of its tensors does, so tensors that are made in every call, such as those of
+`weight.at(2)`, are prepared in every call: what is to be used again has to be held.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 Tensors = tuple[Tensor | None, ...]
-"""Those that a layout is made from; the first, the codes of a weight, is always there."""
+"""Those that a layout is made from; the first two, codes and scales (codebooks), are always there."""
 
 Parameters = tuple[Any, ...]
 """What else a layout depends on, hashable, with which of the tensors are there."""
@@ -25,74 +28,114 @@ Parameters = tuple[Any, ...]
 State = tuple[tuple[int, int, int, int], ...]
 """(place, id, version, address) of each of `Tensors` that is there."""
 
+Place = tuple[int, Parameters]
+"""Where entries are looked for: the id of the second tensor, and the parameters. Layers made from one record share its
+codes but have scales (codebooks) of their own, so that hardly ever more than one entry lies in a place."""
+
 
 class _Entry:
     """The layouts of some tensors by their kind, and the state of the tensors when they were made."""
 
-    __slots__ = ("layouts", "state", "watched")
+    __slots__ = ("layouts", "own", "state", "watched")
 
-    def __init__(self, place: tuple[int, Parameters], tensors: Tensors, state: State) -> None:
+    def __init__(self, place: Place, tensors: Tensors, state: State) -> None:
         self.state = state
+        self.own = own = _ids(state)
         self.layouts: dict[str, Tensor] = {}
 
-        def drop(_: object, entries: dict[tuple[int, Parameters], _Entry] = _entries) -> None:
-            entries.pop(place, None)
+        def drop(_: object, take_out: Callable[[Place, Ids], None] = _take_out) -> None:
+            take_out(place, own)
 
         self.watched = [weakref.ref(tensor, drop) for tensor in tensors if tensor is not None]
 
 
-_entries: dict[tuple[int, Parameters], _Entry] = {}
-"""By the id of the first tensor, and the parameters. An id in a state is never that of a later tensor: the entry goes
-with the first of its tensors to go."""
+Ids = tuple[tuple[int, int], ...]
+"""(place, id) of each of `Tensors` that is there."""
+
+
+def _ids(state: State) -> Ids:
+    return tuple((place, own) for place, own, _, _ in state)
+
+
+_entries: dict[Place, list[_Entry]] = {}
+"""An id in a state is never that of a later tensor: the entry goes with the first of its tensors to go."""
+
+
+def _take_out(place: Place, own: Ids, entries: dict[Place, list[_Entry]] = _entries) -> None:
+    """Drop the entry of these tensors. A default keeps the table within reach when the interpreter shuts down.
+
+    Lists are changed in place, one entry at a time: what another thread puts in meanwhile may be lost, and is then made
+    again, but nothing that went comes back.
+    """
+    there = entries.get(place, [])
+    for entry in [entry for entry in there if entry.own == own]:
+        with suppress(ValueError):
+            there.remove(entry)
+    if not there:
+        entries.pop(place, None)
 
 
 def find(tensors: Tensors, parameters: Parameters, kind: str) -> Tensor | None:
-    """The layout of that kind, if one was kept of these tensors as they are now. In every call: some 0.4 us."""
-    entry = _entries.get((id(tensors[0]), parameters))
-    if entry is None:
-        return None
-    for place, own, version, address in entry.state:
-        tensor: Any = tensors[place]
-        if id(tensor) != own or tensor._version != version or tensor.data_ptr() != address:
-            return None
-    return entry.layouts.get(kind)
+    """The layout of that kind, if one was kept of these tensors as they are now. In every call: less than 1 us."""
+    for entry in _entries.get((id(tensors[1]), parameters), ()):
+        for place, own, version, address in entry.state:
+            tensor: Any = tensors[place]
+            if id(tensor) != own or tensor._version != version or tensor.data_ptr() != address:
+                break
+        else:
+            return entry.layouts.get(kind)
+    return None
 
 
 def state_of(tensors: Tensors) -> State | None:
     """What `keep` needs to know from before the layout is made; None when torch cannot tell changes."""
     there = [(place, tensor) for place, tensor in enumerate(tensors) if tensor is not None]
-    if any(tensor.is_inference() for _, tensor in there):
+    if any([tensor.is_inference() for _, tensor in there]):  # noqa: C419 (a list is faster)
         _warn_of_inference_tensors()
         return None
-    return tuple((place, id(t), t._version, t.data_ptr()) for place, t in there)
+    return tuple([(place, id(t), t._version, t.data_ptr()) for place, t in there])
 
 
 def keep(tensors: Tensors, parameters: Parameters, state: State | None, kind: str, layout: Tensor) -> None:
     """Keep `layout` beside `tensors`, whose `state_of` was `state` before it was made."""
     if state is None:
         return
-    place = (id(tensors[0]), parameters)
-    entry = _entries.get(place)
-    if entry is None or entry.state != state:
-        entry = _entries[place] = _Entry(place, tensors, state)
+    place = (id(tensors[1]), parameters)
+    for entry in _entries.get(place, ()):
+        if entry.state == state:
+            entry.layouts[kind] = layout
+            return
+    _take_out(place, _ids(state))
+    entry = _Entry(place, tensors, state)
     entry.layouts[kind] = layout
+    _entries.setdefault(place, []).append(entry)
 
 
-def _places(codes: Tensor) -> list[tuple[int, Parameters]]:
-    own = id(codes)
-    return [place for place, entry in list(_entries.items()) if any(known[1] == own for known in entry.state)]
+def _made_from(tensors: Iterable[Tensor]) -> list[tuple[Place, _Entry]]:
+    """The entries with any of these tensors, and their places."""
+    wanted = set(map(id, tensors))
+    found = [(place, entry) for place, entries in list(_entries.items()) for entry in entries]
+    return [(place, entry) for place, entry in found if any(own in wanted for _, own in entry.own)]
 
 
-def forget(codes: Tensor) -> None:
-    """Drop all that was made from the weight of these codes, alone or with others."""
-    for place in _places(codes):
-        _entries.pop(place, None)
+def forget(*tensors: Tensor) -> None:
+    """Drop all that was made from any of these, alone or with others. Until the next call nothing refers to them."""
+    for place, entry in _made_from(tensors):
+        _take_out(place, entry.own)
+
+
+def forget_alone(tensors: Iterable[Tensor]) -> None:
+    """Drop what was made from these alone: what was made from them together with others takes its place."""
+    tensors = list(tensors)
+    known = set(map(id, tensors))
+    for place, entry in _made_from(tensors):
+        if all(own in known for _, own in entry.own):
+            _take_out(place, entry.own)
 
 
 def kept(codes: Tensor) -> dict[str, Tensor]:
     """What is kept that was made from the weight of these codes, by kind; it may be out of date until the next call."""
-    found = [_entries[place].layouts for place in _places(codes)]
-    return {kind: layout for layouts in found for kind, layout in layouts.items()}
+    return {kind: layout for _, entry in _made_from([codes]) for kind, layout in entry.layouts.items()}
 
 
 @cache
