@@ -39,11 +39,29 @@ COLUMNS = (
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
+def _measured(value: Any) -> Any:
+    """`value` with every float in it cut to 9 digits, more than a measurement has."""
+    if isinstance(value, dict):
+        return {key: _measured(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_measured(inner) for inner in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def compact(run: dict[str, Any]) -> str:
+    """JSON text of a run with one line to a record: files of hundreds of records are committed, and compared."""
+    parts = [f'"header": {json.dumps(run["header"])}']
+    for name in ("records", "baselines"):
+        lines = ",\n".join(json.dumps(_measured(record)) for record in run[name])
+        parts.append(f'"{name}": [\n{lines}\n]')
+    return "{" + ",\n".join(parts) + "}"
+
+
 def dumps(header: dict[str, Any], records: Sequence[Record]) -> str:
     """The whole run as JSON text: `{"header": ..., "records": [...], "baselines": [...]}`."""
     ours = [record.to_dict() for record in records]
     beside = [record.to_dict() for record in baselines_of(records)]
-    return json.dumps({"header": header, "records": ours, "baselines": beside}, indent=1)
+    return compact({"header": header, "records": ours, "baselines": beside})
 
 
 def write_json(path: Path, header: dict[str, Any], records: Sequence[Record]) -> None:

@@ -349,9 +349,17 @@ def test_what_is_not_finite_shows(value: float, kernel: tuple[int, int]) -> None
     assert not y.isfinite().any()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.bits > 8], ids=str)
+def test_on_no_instruction_set_have_wide_codes_kernels_of_integers(case: Case, isa: int) -> None:
+    check_that_every_accuracy_is_exact(case, isa)
+
+
+@pytest.mark.parametrize("isa", [level for level in range(4) if REASON is None and level != VBMI and runs_here(level)])
 def test_without_a_kernel_of_its_own_an_accuracy_is_exact(case: Case, isa: int) -> None:
-    if isa == VBMI and case.bits <= 8:
-        pytest.skip("has kernels of their own")
+    check_that_every_accuracy_is_exact(case, isa)
+
+
+def check_that_every_accuracy_is_exact(case: Case, isa: int) -> None:
     weight = make_weight(case)
     x = torch.randn(3, case.k, generator=torch.Generator().manual_seed(9))
     for level in (0, 1, 2):

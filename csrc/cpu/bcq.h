@@ -71,6 +71,9 @@ int64_t packed_bytes(const PackedBcq& layout);
 
 void write_packed_header(const PackedBcq& layout, uint8_t* packed);
 
+// Values [N, G] of group g for the kRowBlock rows from `row`, those beyond N zero -> out; returns its end.
+uint8_t* pack_column(const BcqWeight& weight, const void* source, DType dtype, int64_t row, int64_t g, uint8_t* out);
+
 // Fills row blocks [begin, end) of `packed`.
 void pack_row_blocks(const BcqWeight& weight, const PackedBcq& layout, int64_t begin, int64_t end, uint8_t* packed);
 

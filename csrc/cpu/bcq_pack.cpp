@@ -18,18 +18,6 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kPackedHeaderBytes, "the header has its own cache line");
 
-// Row n's per-group values of `source` [N, G], for the 64 rows of a block, to `out`; rows beyond N become zero.
-void pack_column(const BcqWeight& weight, const void* source, DType dtype, int64_t row, int64_t g, uint8_t* out) {
-  const int64_t size = dtype_bytes(dtype);
-  for (int64_t r = 0; r < kRowBlock; ++r, out += size) {
-    if (row + r < weight.N) {
-      std::memcpy(out, static_cast<const uint8_t*>(source) + ((row + r) * weight.G + g) * size, size_t(size));
-    } else {
-      std::memset(out, 0, size_t(size));
-    }
-  }
-}
-
 void pack_centers(const BcqWeight& weight, int64_t row, int64_t g, float* out) {
   const float middle = float((1 << weight.bits) - 1) / 2;
   for (int64_t r = 0; r < kRowBlock; ++r) {
@@ -39,6 +27,18 @@ void pack_centers(const BcqWeight& weight, int64_t row, int64_t g, float* out) {
 }
 
 }  // namespace
+
+uint8_t* pack_column(const BcqWeight& weight, const void* source, DType dtype, int64_t row, int64_t g, uint8_t* out) {
+  const int64_t size = dtype_bytes(dtype);
+  for (int64_t r = 0; r < kRowBlock; ++r, out += size) {
+    if (row + r < weight.N) {
+      std::memcpy(out, static_cast<const uint8_t*>(source) + ((row + r) * weight.G + g) * size, size_t(size));
+    } else {
+      std::memset(out, 0, size_t(size));
+    }
+  }
+  return out;
+}
 
 PackedBcq packed_layout(int64_t N, int64_t K, int64_t group_size, int bits, bool uniform, bool has_offsets,
                         DType scale_dtype) {
@@ -81,9 +81,9 @@ void pack_row_blocks(const BcqWeight& weight, const PackedBcq& p, int64_t begin,
     const int64_t row = block * kRowBlock;
     for (int64_t g = 0; g < p.G; ++g) {
       const int scale_planes = p.uniform ? 1 : p.bits;
-      for (int b = 0; b < scale_planes; ++b, out += kRowBlock * scale) {
+      for (int b = 0; b < scale_planes; ++b) {
         const auto* plane = static_cast<const uint8_t*>(weight.scales) + b * weight.N * weight.G * scale;
-        pack_column(weight, plane, p.scale_dtype, row, g, out);
+        out = pack_column(weight, plane, p.scale_dtype, row, g, out);
       }
       if (p.uniform) {
         float centers[kRowBlock];
@@ -91,8 +91,7 @@ void pack_row_blocks(const BcqWeight& weight, const PackedBcq& p, int64_t begin,
         std::memcpy(out, centers, sizeof centers);
         out += sizeof centers;
       } else if (p.has_offsets) {
-        pack_column(weight, weight.offsets, p.scale_dtype, row, g, out);
-        out += kRowBlock * scale;
+        out = pack_column(weight, weight.offsets, p.scale_dtype, row, g, out);
       }
       const int64_t first = g * p.words_per_group;
       for (int64_t w = first; w < first + p.words_in_group(g); ++w) {

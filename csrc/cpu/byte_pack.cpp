@@ -19,19 +19,7 @@ struct Header {
   int64_t bytes;
 };
 static_assert(sizeof(Header) <= kPackedHeaderBytes, "the header has its own cache line");
-
-// Values [N, G] of group g, rows from `row`, to the 64 of a block; rows beyond N become zero.
-uint8_t* pack_column(const BcqWeight& weight, const void* source, DType dtype, int64_t row, int64_t g, uint8_t* out) {
-  const int64_t size = dtype_bytes(dtype);
-  for (int64_t r = 0; r < kByteRows; ++r, out += size) {
-    if (row + r < weight.N) {
-      std::memcpy(out, static_cast<const uint8_t*>(source) + ((row + r) * weight.G + g) * size, size_t(size));
-    } else {
-      std::memset(out, 0, size_t(size));
-    }
-  }
-  return out;
-}
+static_assert(kByteRows == kRowBlock, "pack_column fills one block");
 
 uint8_t* pack_scales(const BcqWeight& weight, const PackedBytes& p, int64_t row, int64_t g, uint8_t* out) {
   const int64_t plane_bytes = weight.N * weight.G * dtype_bytes(p.scale_dtype);
