@@ -23,6 +23,7 @@ from lutgemm.errors import ArgumentError, BackendError
 
 from . import peers
 from .layer import Layer, Request, usual_group
+from .textbook import textbook_layer
 
 INT8_ENGINES = ("x86", "onednn")
 """torch's engines of int8 layers, the first that this torch has."""
@@ -54,7 +55,7 @@ def _dense(request: Request, dtype: torch.dtype) -> Layer:
         activations = x.to(dtype)
         return [partial(linear, activations, copy) for copy in copies]
 
-    return Layer(weight.cpu, weight.nbytes, bind)
+    return Layer(lambda: weight.float(), weight.nbytes, bind)
 
 
 def _int8_dynamic(request: Request) -> Layer:
@@ -84,28 +85,40 @@ def _int8_dynamic(request: Request) -> Layer:
     return Layer(weight.dequantize, nbytes, bind)
 
 
+INT4_TILES = 8
+"""innerKTiles of torch's CUDA kernel: the most, which makes the widest loads."""
+
+
+def _int4_packed(codes: Tensor, device: str) -> tuple[Tensor, Callable[..., Tensor]]:
+    """codes 0..15 `[N, K]` as torch's int4 kernel of the device takes them, and that kernel."""
+    if device == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), torch.ops.aten._weight_int4pack_mm_for_cpu
+    if codes.shape[1] % (16 * INT4_TILES):
+        raise BackendError(f"torch_int4 takes K a multiple of {16 * INT4_TILES} on {device}, got K={codes.shape[1]}")
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).to(device)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, INT4_TILES), torch.ops.aten._weight_int4pack_mm
+
+
 def _int4(request: Request) -> Layer:
     """torch's 4-bit weight-only kernel: bf16 activations, groups of 128 where they divide K."""
-    _need_cpu(request, "torch_int4")
     n, k = request.N, request.K
     if n % 16:
         raise BackendError(f"torch_int4 takes N a multiple of 16, got N={n}")
     group = usual_group("torch_int4", k)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32, generator=generator)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    packed, run = _int4_packed(codes, request.device)
     scales = (torch.rand(k // group, n, generator=generator) + 0.5) / k**0.5 / 8
-    grid = torch.stack([scales, torch.zeros_like(scales)], 2).to(torch.bfloat16)
+    grid = torch.stack([scales, torch.zeros_like(scales)], 2).to(request.device, torch.bfloat16)
     nbytes = packed.nbytes + grid.nbytes
     copies = [(packed.clone(), grid.clone()) for _ in range(request.copies(nbytes))]
-    narrow = codes.to(torch.int8)
+    narrow = codes.to(request.device, torch.int8)
 
     def dense() -> Tensor:
         return (narrow - 8).float() * grid[..., 0].float().T.repeat_interleave(group, 1)
 
     def bind(x: Tensor) -> list[Callable[[], Any]]:
         activations = x.to(torch.bfloat16)
-        run = torch.ops.aten._weight_int4pack_mm_for_cpu
         return [partial(run, activations, p, group, g) for p, g in copies]
 
     return Layer(dense, nbytes, bind)
@@ -172,6 +185,7 @@ def _int8_per_block(x: Tensor) -> float:
 
 
 BF16 = 2.0**-8
+TEXTBOOK_BITS = (1, 2, 3, 4)
 BASELINES: dict[str, Baseline] = {
     "torch_fp32": Baseline("torch fp32", partial(_dense, dtype=torch.float32), _floating(2.0**-20)),
     "torch_bf16": Baseline("torch bf16", partial(_dense, dtype=torch.bfloat16), _floating(BF16 / 4)),
@@ -187,12 +201,22 @@ BASELINES: dict[str, Baseline] = {
         "ONNX Runtime 2-bit", partial(peers.onnxruntime_layer, bits=2), _int8_per_block, threaded=True
     ),
     "bnb_nf4": Baseline("bitsandbytes NF4", peers.bitsandbytes_layer, _floating(BF16 / 2)),
+    **{
+        f"textbook_{bits}bit": Baseline(
+            f"textbook LUT-GEMM {bits}-bit", partial(textbook_layer, bits=bits), lambda x: 2.0**-11 * x.shape[1] ** 0.5
+        )
+        for bits in TEXTBOOK_BITS
+    },
 }
 """Every baseline by name, in the order of tables."""
 
 DEFAULT_BASELINES = ("torch_fp32", "torch_bf16")
-SUITE_BASELINES = tuple(name for name in BASELINES if name != "torch_fp16")
-"""Beside the named suites: all but torch's fp16, which is a slow fallback on CPUs."""
+TEXTBOOK = tuple(f"textbook_{bits}bit" for bits in TEXTBOOK_BITS)
+SUITE_BASELINES = {
+    "cpu": tuple(name for name in BASELINES if name not in ("torch_fp16", *TEXTBOOK)),
+    "gpu": ("torch_fp16", "torch_bf16", "torch_int4", *TEXTBOOK),
+}
+"""Suite -> what stands beside it: all that run there. torch's fp16 is a slow fallback on CPUs."""
 
 
 def parse_baselines(names: Sequence[str]) -> list[str]:

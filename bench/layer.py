@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lutgemm.errors import BackendError
-from lutgemm.testing.timing import cold_copies
+from lutgemm.testing.timing import cold_bytes, cold_copies
 
 GROUPS = (128, 64, 32)
 """Weights that share a scale in 4-bit and 2-bit baselines: the first that divides K."""
@@ -36,7 +36,7 @@ class Request:
 
     def copies(self, nbytes: int) -> int:
         """How many copies of a weight of `nbytes` are called in turns."""
-        return cold_copies(nbytes) if self.cold else 1
+        return cold_copies(nbytes, cold_bytes(self.device)) if self.cold else 1
 
     def weight(self) -> Tensor:
         """fp32 `[N, K]`, normal, the same for the same shape, and exact in bf16."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import importlib.util
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -43,6 +46,33 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
+def gpu() -> dict[str, Any]:
+    """The current CUDA device: its name, multiprocessors, caches, clocks as the driver gives them, and versions."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem"
+    try:
+        ran = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        told = ran.stdout.strip() if ran.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        told = ""
+    return {
+        "name": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        **dict(zip(asked.split(","), (part.strip() for part in told.split(",")), strict=False)),
+        "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+    }
+
+
 def header(command: list[str] | None = None) -> dict[str, Any]:
     """Machine, versions, commit, date and command of a run, as JSON values. load: processes that want a core, 1 min."""
     return {
@@ -52,7 +82,7 @@ def header(command: list[str] | None = None) -> dict[str, Any]:
         "cores": usable_cores(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "caches": cpu_caches(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -98,3 +128,18 @@ def copy_bandwidth(threads: int) -> float:
         target.copy_(source)
         best = min(best, time.perf_counter() - start)
     return 2 * nbytes / best / 1e9
+
+
+def device_copy_bandwidth(nbytes: int = 1 << 30) -> float:
+    """GB/s, bytes read and written both counted, at which the current CUDA device copies memory; median of 9 copies."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(10):
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return 2 * nbytes / statistics.median(seconds[1:]) / 1e9

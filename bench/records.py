@@ -23,9 +23,12 @@ class Bandwidth:
 
 
 def rates(timing: Timing | None, bytes_moved: int, memory: Bandwidth) -> dict[str, float | None]:
-    """GB/s of the median, and that as a percentage of the memory's read bandwidth; None where there is no time."""
+    """GB/s of the median, and that as a percentage of the memory's read bandwidth, or where that was not measured (on
+    GPUs) of its copy bandwidth; None where there is no time.
+    """
     speed = None if timing is None else bytes_moved / timing.median_us / 1e3
-    percent = None if speed is None or not memory.read_gb_per_s else 100 * speed / memory.read_gb_per_s
+    wall = memory.read_gb_per_s or memory.copy_gb_per_s
+    percent = None if speed is None or not wall else 100 * speed / wall
     return {"gb_per_s": speed, "bandwidth_percent": percent, **asdict(memory)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from lutgemm.checkpoint.atomic import write_file
 
 from .baselines import BASELINES
-from .records import BaselineRecord, Record
+from .records import Bandwidth, BaselineRecord, Record
 from .runner import baselines_of
 
 BUSY_LOAD = 0.5
@@ -134,21 +134,25 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([*lines, *dict.fromkeys(notes)])
 
 
+def _speeds(threads: int, memory: Bandwidth) -> str:
+    copied = f"copied at {memory.copy_gb_per_s:.1f} GB/s"
+    if not memory.read_gb_per_s:
+        return copied
+    return f"read at {memory.read_gb_per_s:.1f} GB/s and {copied} with {threads} thread{'s' * (threads > 1)}"
+
+
 def header_text(header: dict[str, Any], records: Sequence[Record]) -> str:
     """The header as lines of text."""
     caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in header["caches"].items()) or "unknown caches"
     commit = (
         f"{header['commit'][:12]}{' (changed)' if header['dirty'] else ''}" if header["commit"] else "not a checkout"
     )
-    memory = {r.threads: r.memory for r in records if r.memory.read_gb_per_s}
-    measured = "; ".join(
-        f"{m.read_gb_per_s:.1f} GB/s and copied at {m.copy_gb_per_s:.1f} GB/s with {t} thread{'s' * (t > 1)}"
-        for t, m in memory.items()
-    )
+    memory = {r.threads: r.memory for r in records if r.memory.copy_gb_per_s}
+    measured = "; ".join(_speeds(threads, speed) for threads, speed in memory.items())
     lines = [
-        f"{header['cpu']}, {header['cores']} cores, {caches}" + (f"; {header['gpu']}" if header["gpu"] else ""),
+        f"{header['cpu']}, {header['cores']} cores, {caches}" + (f"; {header['gpu']['name']}" if header["gpu"] else ""),
         f"torch {header['torch']}, lutgemm {header['lutgemm']} ({commit}), python {header['python']}, {header['date']}",
-        f"memory is read at {measured}" if measured else "",
+        f"memory is {measured}" if measured else "",
         BUSY.format(**header) if header["load"] and header["load"] > BUSY_LOAD * header["cores"] else "",
         f"$ {header['command']}",
     ]

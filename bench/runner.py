@@ -23,14 +23,24 @@ from lutgemm.testing.numerics import (
     rounded_allowance,
 )
 from lutgemm.testing.targets import Target, absent, isa_in_use, targets
-from lutgemm.testing.timing import Call, cold_copies, time_interleaved, time_interleaved_cuda, torch_threads
+from lutgemm.testing.timing import (
+    Call,
+    cold_bytes,
+    cold_copies,
+    time_interleaved,
+    time_interleaved_cuda,
+    torch_threads,
+)
 
 from .baselines import BASELINES, DEFAULT_BASELINES
 from .layer import Layer, Request
-from .machine import copy_bandwidth, read_bandwidth
+from .machine import copy_bandwidth, device_copy_bandwidth, read_bandwidth
 from .records import Bandwidth, BaselineRecord, Record
 
 MODES = ("cold", "hot")
+MOST_LOOKED_UP = 64
+"""On GPUs, the most tokens at which algorithms of tables are timed: beyond, they take them in turns, which is slow
+beyond doubt. (On CPUs they are of use at any number.)"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class Shelf:
         key = case.layout, cold
         if key not in self.weights:
             weight = case.weight().to(device)
-            extra = cold_copies(weight.nbytes) - 1 if cold else 0
+            extra = cold_copies(weight.nbytes, cold_bytes(device)) - 1 if cold else 0
             clones = ({name: t.clone() for name, t in weight.tensors.items()} for _ in range(extra))
             self.weights[key] = [weight, *(type(weight)(weight.layout, tensors) for tensors in clones)]
         return self.weights[key]
@@ -146,7 +156,7 @@ class Group:
     def __post_init__(self) -> None:
         first = self.cases[0]
         self.shelf.turn_to((first.N, first.K))
-        self.x = first.inputs().x
+        self.x = first.inputs().x.to(self.options.device)
         self.truths: dict[BCQLayout | CodebookLayout, Tensor] = {}
         self.baseline_errors: dict[tuple[str, int], float] = {}
         self.baseline_truths: dict[str, Tensor] = {}
@@ -170,13 +180,12 @@ class Group:
     def check(self, line: Line, threads: int, memory: Bandwidth) -> Record:
         """The record of a line without its time."""
         case, device = line.case, self.options.device
-        weight = case.weight()
+        weight = self.shelf.copies(case, device, cold=False)[0]
         if case.layout not in self.truths:
             self.truths[case.layout] = exact_result(self.x, weight)
         truth = self.truths[case.layout]
-        placed = self.shelf.copies(case, device, cold=False)[0]
         with line.target.active():
-            y = line.bind(self.x.to(device), placed)().cpu()
+            y = line.bind(self.x, weight)()
         fault = self.fault(line, y, weight, truth)
         return Record(
             case=case,
@@ -203,13 +212,13 @@ class Group:
         if isinstance(layer, str):
             return replace(record, absent=layer), ()
         try:
-            calls = layer.bind(self.x.to(request.device))
+            calls = layer.bind(self.x)
         except BackendError as error:
             return replace(record, absent=str(error)), ()
         if (name, threads) not in self.baseline_errors:
-            y = torch.as_tensor(calls[0]()).cpu()
+            y = torch.as_tensor(calls[0]()).to(request.device)
             if name not in self.baseline_truths:
-                self.baseline_truths[name] = _product(self.x, layer.dense())
+                self.baseline_truths[name] = _product(self.x, layer.dense().to(request.device))
             self.baseline_errors[name, threads] = relative_error(y, self.baseline_truths[name])
         record = replace(
             record,
@@ -225,13 +234,12 @@ class Group:
     ) -> list[Record]:
         """The checked lines of one target with their times, the correct ones in turns with the baselines."""
         cold, device = mode == "cold", self.options.device
-        x = self.x.to(device)
         beside = {name: self.baseline(name, threads, mode, memory) for name in self.options.baselines}
         calls: dict[str | Line, Sequence[Call]] = {name: found for name, (_, found) in beside.items() if found}
         for line, record in checked.items():
             if record.correct:
                 copies = self.shelf.copies(line.case, device, cold)
-                calls[line] = [line.bind(x, weight) for weight in copies]
+                calls[line] = [line.bind(self.x, weight) for weight in copies]
         clock = time_interleaved_cuda if device == "cuda" else time_interleaved
         with target.active():
             timings = clock(calls, self.options.seconds * len(self.cases)) if calls else {}
@@ -262,7 +270,8 @@ def run_group(
                     Line(target, case, name)
                     for case in cases
                     for name in target.algorithms(case.op)
-                    if not options.algorithms or name in options.algorithms
+                    if (not options.algorithms or name in options.algorithms)
+                    and (options.device == "cpu" or case.M <= MOST_LOOKED_UP or name.startswith("dequant"))
                 ]
                 checked = {line: group.check(line, threads, bandwidth) for line in lines}
                 for mode in options.modes if checked else ():
@@ -292,12 +301,12 @@ def _run_groups(
 ) -> Iterator[tuple[list[OpCase], list[Record]]]:
     memory: dict[int, Bandwidth] = {}
     shelf = Shelf()
+    on_cpu = torch.device(options.device).type == "cpu"
     for group in groups:
-        for threads in options.threads if torch.device(options.device).type == "cpu" else ():
+        for threads in options.threads:
             with torch_threads(threads):
-                memory[threads] = memory.get(threads, Bandwidth()).best(
-                    read_bandwidth(threads), copy_bandwidth(threads)
-                )
+                found = (read_bandwidth(threads), copy_bandwidth(threads)) if on_cpu else (0.0, device_copy_bandwidth())
+            memory[threads] = memory.get(threads, Bandwidth()).best(*found)
         yield group, run_group(group, options, chosen, memory, shelf)
 
 

@@ -54,6 +54,33 @@ def _cpu() -> list[OpCase]:
     return cases
 
 
+GPU_SHAPES: tuple[Shape, ...] = (
+    (4096, 4096),
+    (6144, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (57344, 8192),
+    (8192, 28672),
+)
+"""Layers of 8B and 70B models, those that read the same activations stacked."""
+MAIN_GPU_SHAPES = ((4096, 4096), (28672, 4096), (8192, 8192))
+ALL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+SOME_TOKENS = (1, 8, 16, 1024)
+
+
+def _gpu() -> list[OpCase]:
+    """What is published about GPU kernels: 1 to 4 bits, two codebooks of 2 bits, and 4 bits on an integer grid."""
+    kinds = [replace(BCQ, bits=bits) for bits in (1, 2, 3, 4)]
+    kinds += [CODEBOOK, replace(CODEBOOK, num_codebooks=2, vec_len=8), replace(BCQ, bits=4, scale_kind="uniform")]
+    return [
+        replace(kind, N=n, K=k, M=m, dtype="float16")
+        for n, k in GPU_SHAPES
+        for m in (ALL_TOKENS if (n, k) in MAIN_GPU_SHAPES else SOME_TOKENS)
+        for kind in kinds
+    ]
+
+
 def _model(name: str) -> Callable[[], list[OpCase]]:
     def cases() -> list[OpCase]:
         shapes = MODELS[name].values()
@@ -66,6 +93,7 @@ def _model(name: str) -> Callable[[], list[OpCase]]:
 SUITES: dict[str, Callable[[], list[OpCase]]] = {
     "smoke": _smoke,
     "cpu": _cpu,
+    "gpu": _gpu,
     **{name: _model(name) for name in MODELS},
 }
 """Name of `--suite` -> its cases."""

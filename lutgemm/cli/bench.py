@@ -7,12 +7,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..accuracy import ACCURACIES, DEFAULT, resolve_accuracy
-from ..bench import machine, overhead, report
+from ..bench import block, machine, overhead, report
 from ..bench.baselines import BASELINES, DEFAULT_BASELINES, SUITE_BASELINES, parse_baselines
+from ..bench.block import BLOCKS
 from ..bench.plot import save_plot
 from ..bench.records import Record
 from ..bench.runner import MODES, Options, run_cases
@@ -31,7 +34,8 @@ QUICK_SECONDS = 0.2
 LOG_SECONDS = 10.0
 """Least time between lines of progress where stderr is no terminal."""
 OVERHEAD = "overhead"
-"""The suite that measures what a call costs around its kernel; it has no cases."""
+BLOCK = "block"
+"""Suites without cases: what a call costs around its kernel; the linear layers of one transformer block."""
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", **{name: name for name in DTYPES}}
 
 
@@ -59,7 +63,9 @@ def _numbers(argument: str, text: str, high: int) -> list[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lutgemm bench`."""
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--suite", choices=[*SUITES, OVERHEAD], help="a list of cases, instead of the options below")
+    what.add_argument(
+        "--suite", choices=[*SUITES, OVERHEAD, BLOCK], help="a list of cases, instead of the options below"
+    )
     what.add_argument("--op", default=",".join(OPS), type=_some_names, help=f"some of {','.join(OPS)} (default: both)")
     what.add_argument(
         "--shapes", default="4096x4096", help=f"NxK, or a model: {', '.join(MODELS)} (default: %(default)s)"
@@ -91,14 +97,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--isa", default="", type=_names, help="instruction sets of the cpu backend, or all (default: the best)"
     )
-    how.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu (--suite gpu: cuda)")
     how.add_argument("--threads", help="numbers of threads, such as 1,2 (default: 1; --suite cpu: 1 and 2)")
     how.add_argument("--cold", action="store_true", help="only with weights from memory")
     how.add_argument("--hot", action="store_true", help="only with weights that may stay in the caches")
     how.add_argument(
         "--baselines",
         type=_names,
-        help=f"all, or some of {','.join(BASELINES)} (default: {','.join(DEFAULT_BASELINES)}; --suite cpu: nearly all)",
+        help=f"all, or some of {','.join(BASELINES)} "
+        f"(default: {','.join(DEFAULT_BASELINES)}; --suite cpu, gpu: all that run there)",
     )
     how.add_argument("--seconds", type=float, help=f"per case, mode and number of threads (default: {SECONDS:g})")
     how.add_argument("--quick", action="store_true", help=f"{QUICK_SECONDS} --seconds and --cold, where not given")
@@ -106,6 +113,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--json", metavar="FILE", help="also save every figure, with the header; - writes it to stdout")
     out.add_argument("--plot", metavar="PNG", help="also draw a roofline and a bar chart (needs matplotlib)")
     out.add_argument("--repro", action="store_true", help="print the command that measures each line again")
+
+
+def dtype_name(text: str) -> str:
+    """The full name of a dtype of x. Raises `ArgumentError` for one that x cannot have."""
+    if text not in DTYPE_NAMES:
+        raise ArgumentError(f"dtype={text!r} is unknown; use some of fp32, fp16, bf16")
+    return DTYPE_NAMES[text]
+
+
+def torch_dtype(text: str) -> torch.dtype:
+    """The dtype that `dtype_name` names."""
+    return OpCase(dtype=dtype_name(text)).torch_dtype
 
 
 def cases_of(args: argparse.Namespace) -> list[OpCase]:
@@ -134,10 +153,8 @@ def _cases_of_options(args: argparse.Namespace) -> list[OpCase]:
                 for c, v, b in parse_codebooks(args.codebooks)
             ]
         for dtype in args.dtype:
-            if dtype not in DTYPE_NAMES:
-                raise ArgumentError(f"dtype={dtype!r} is unknown; use some of fp32, fp16, bf16")
             cases += [
-                replace(kind, N=n, K=k, M=m, group_size=group_size, dtype=DTYPE_NAMES[dtype], outliers=args.outliers)
+                replace(kind, N=n, K=k, M=m, group_size=group_size, dtype=dtype_name(dtype), outliers=args.outliers)
                 for n, k in parse_shapes(args.shapes)
                 for kind in kinds
                 for m in _numbers("m", args.m, 1 << 16)
@@ -148,9 +165,8 @@ def _cases_of_options(args: argparse.Namespace) -> list[OpCase]:
 def options_of(args: argparse.Namespace) -> Options:
     """How to run them."""
     modes = [mode for mode in MODES if getattr(args, mode)] or list(MODES)
-    suite = args.suite == "cpu"
-    threads = args.threads or ("1,2" if suite and usable_cores() > 1 else "1")
-    baselines = SUITE_BASELINES if suite else DEFAULT_BASELINES
+    threads = args.threads or ("1,2" if args.suite == "cpu" and usable_cores() > 1 else "1")
+    baselines = SUITE_BASELINES.get(args.suite, DEFAULT_BASELINES)
     return Options(
         algorithms=args.algorithms,
         backends=args.backends,
@@ -159,8 +175,13 @@ def options_of(args: argparse.Namespace) -> Options:
         modes=("cold",) if args.quick and not (args.hot or args.cold) else tuple(modes),
         baselines=baselines if args.baselines is None else tuple(parse_baselines(args.baselines)),
         seconds=seconds_of(args),
-        device=args.device,
+        device=device_of(args),
     )
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device asked for; --suite gpu is for one."""
+    return str(args.device or ("cuda" if args.suite == "gpu" else "cpu"))
 
 
 def seconds_of(args: argparse.Namespace) -> float:
@@ -191,25 +212,39 @@ def _target_path(argument: str, text: str) -> Path:
     return path
 
 
-def run_overhead(args: argparse.Namespace, json_path: Path | None) -> int:
-    """Measure and print what calls cost around their kernels."""
+def run_special(args: argparse.Namespace, json_path: Path | None) -> int:
+    """Measure and print a suite without cases. Returns 1 when a result of ours was wrong."""
     if args.plot:
-        raise ArgumentError(f"plot={args.plot!r}: there is no drawing of --suite {OVERHEAD}; leave --plot out")
-    header = machine.header()
-    records = overhead.measure(seconds_of(args))
-    saved = json.dumps({"header": header, OVERHEAD: [record.to_dict() for record in records]}, indent=1)
-    print(saved if args.json == "-" else f"{report.header_text(header, [])}\n\n{overhead.table(records)}")
+        raise ArgumentError(f"plot={args.plot!r}: there is no drawing of --suite {args.suite}; leave --plot out")
+    header, seconds = machine.header(), seconds_of(args)
+    found: list[dict[str, Any]]
+    if args.suite == OVERHEAD:
+        calls = overhead.measure(seconds)
+        found, shown, correct = [record.to_dict() for record in calls], overhead.table(calls), True
+    else:
+        threads = _numbers("threads", args.threads or "1", 1024)
+        blocks = [
+            record
+            for model in BLOCKS
+            for dtype in args.dtype
+            for count in threads
+            for record in block.measure(model, seconds, device_of(args), torch_dtype(dtype), count)
+        ]
+        found, shown = [record.to_dict() for record in blocks], block.table(blocks)
+        correct = all(record.correct for record in blocks)
+    saved = json.dumps({"header": header, args.suite: found}, indent=1)
+    print(saved if args.json == "-" else f"{report.header_text(header, [])}\n\n{shown}")
     if json_path:
         write_file(json_path, f"{saved}\n".encode())
-    return 0
+    return 0 if correct else 1
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, save. Returns 1 when a result of ours was wrong."""
     json_path = _target_path("json", args.json) if args.json and args.json != "-" else None
     plot_path = _target_path("plot", args.plot) if args.plot else None
-    if args.suite == OVERHEAD:
-        return run_overhead(args, json_path)
+    if args.suite in (OVERHEAD, BLOCK):
+        return run_special(args, json_path)
     cases, options = cases_of(args), options_of(args)
     header = machine.header()
     records = run_all(cases, options)

@@ -66,3 +66,10 @@ def cpu_caches() -> dict[str, int]:
 def last_level_cache() -> int:
     """Bytes of the largest cache, or `DEFAULT_CACHE`."""
     return max(cpu_caches().values(), default=DEFAULT_CACHE)
+
+
+def gpu_cache(device: str) -> int:
+    """Bytes of the L2 cache of a CUDA device."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)

@@ -55,7 +55,7 @@ RELATIVE_ERROR = {"fast": 2e-2, "accurate": 1e-3, "near-exact": 1e-4}
 
 def exact_result(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """fp64 `[M, N]`: the truth. W is dequantized in slabs of rows, so that large layers fit in memory."""
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float64)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float64, device=x.device)
     wide = x.to(torch.float64)
     for rows in row_slabs(weight.shape[0], 8 * weight.shape[1]):
         y[:, rows] = wide @ weight.dequantize(rows=rows).to(torch.float64).T

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import ArgumentError
-from .hardware import last_level_cache
+from .hardware import gpu_cache, last_level_cache
 
 Call = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
@@ -31,8 +31,12 @@ of a model; tens of calls a visit leave such firsts out of the median, and many 
 COLD_CACHES = 4
 """Cold copies together exceed the last-level cache by this factor, so that no part of one survives a round."""
 MAX_COLD_BYTES = 200 << 20
-GRAPH_SECONDS = 0.005
-"""CUDA: one graph replay lasts about this long, which hides its launch."""
+COLD_GPU_BYTES = 256 << 20
+"""Least total of cold copies on a GPU: five times the 50 MB of the largest L2 cache that is common."""
+GRAPH_SECONDS = 0.002
+GRAPH_CALLS = 100
+"""CUDA: one graph holds whole rounds over the copies that last about this long, or as many calls as this where those
+are shorter: both hide the launch of the graph."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,16 @@ def torch_threads(count: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+def cold_bytes(device: str = "cpu") -> int:
+    """Bytes that cold copies exceed together: several times what the device's last cache holds."""
+    if torch.device(device).type == "cpu":
+        return min(COLD_CACHES * last_level_cache(), MAX_COLD_BYTES)
+    return max(COLD_CACHES * gpu_cache(device), COLD_GPU_BYTES)
+
+
 def cold_copies(nbytes: int, total: int | None = None) -> int:
-    """Copies of `nbytes` each that together exceed `total` bytes (default: `COLD_CACHES` caches, at most 200 MB)."""
-    wanted = min(COLD_CACHES * last_level_cache(), MAX_COLD_BYTES) if total is None else total
+    """Copies of `nbytes` each that together exceed `total` bytes (default: `cold_bytes()`)."""
+    wanted = cold_bytes() if total is None else total
     return max(2, -(-wanted // max(1, nbytes)) + 1)
 
 
@@ -126,22 +137,32 @@ def time_interleaved(calls: Mapping[Name, Sequence[Call]], seconds: float = 1.0)
                 return {name: Timing.of(found) for name, found in samples.items()}
 
 
+def _rounds(copies: Sequence[Call]) -> int:
+    """Whole rounds over the copies that one graph takes. Calls them all, so that layouts and workspaces are there."""
+    for call in copies:
+        call()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for call in copies:
+        call()
+    end.record()
+    end.synchronize()
+    seconds = max(1e-9, begin.elapsed_time(end) / 1e3)
+    return max(1, round(GRAPH_SECONDS / seconds), -(-GRAPH_CALLS // len(copies)) if seconds < GRAPH_SECONDS else 1)
+
+
 def time_interleaved_cuda(calls: Mapping[Name, Sequence[Call]], seconds: float = 1.0) -> dict[Name, Timing]:
     """As `time_interleaved`, for calls that only launch work on the current CUDA device.
 
     Each callable becomes one CUDA graph of whole rounds over its copies; a sample is one replay between two events,
-    divided by its calls. Not exercised on a machine without a GPU.
+    after one that is not counted, divided by its calls. Has not run on a GPU yet.
     """
+    if not calls or not all(calls.values()):
+        raise ArgumentError(f"time_interleaved_cuda: got {list(calls)}, each needs at least one copy to call")
     graphs: dict[Name, tuple[torch.cuda.CUDAGraph, int]] = {}
     for name, copies in calls.items():
-        for call in copies:
-            call()
+        rounds = _rounds(copies)
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        for call in copies:
-            call()
-        torch.cuda.synchronize()
-        rounds = max(1, round(GRAPH_SECONDS / max(1e-6, time.perf_counter() - start)))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(rounds):
