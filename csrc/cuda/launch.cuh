@@ -1,0 +1,119 @@
+// Launching kernels, and what a launcher needs to know of the current device. Host code only.
+//
+//   launch(kernel, LaunchShape{grid, block, dynamic_shared, stream, dependent}, args...);
+//
+// `kernel` is a __global__ function; args are converted to its parameter types. Errors throw std::runtime_error.
+// `dependent`: programmatic dependent launch (sm_90 and later). The kernel may start before the one before it in the
+// stream has ended, and must call grid_dependency_wait() (ptx.cuh) before it reads what that one wrote.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/device.cuh"
+
+#if !defined(LUTGEMM_EMULATED)
+#include <map>
+#include <mutex>
+#include <utility>
+#endif
+
+namespace lutgemm {
+
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  size_t dynamic_shared = 0;  // bytes
+  void* stream = nullptr;     // cudaStream_t
+  bool dependent = false;
+};
+
+#if defined(LUTGEMM_EMULATED)
+
+inline int sm_count() { return emulation::options().sm_count; }
+inline int architecture() { return emulation::options().architecture; }  // 80, 90, ...
+inline size_t shared_limit() { return emulation::shared_limit(); }       // most shared bytes of a block
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
+  emulation::launch(kernel, shape.grid, shape.block, shape.dynamic_shared, std::forward<Arguments>(arguments)...);
+}
+
+#else
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error of a launch is not sticky: the next call must not report it again
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+struct DeviceFacts {
+  int sm_count, architecture, shared_limit;
+};
+
+// Asked once per device: attribute queries take microseconds.
+inline const DeviceFacts& device_facts() {
+  static std::mutex mutex;
+  static std::map<int, DeviceFacts> known;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const auto ask = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  const int architecture = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+  const DeviceFacts facts{ask(cudaDevAttrMultiProcessorCount), architecture,
+                          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  return known.emplace(device, facts).first->second;
+}
+
+inline int sm_count() { return device_facts().sm_count; }
+inline int architecture() { return device_facts().architecture; }  // 80, 90, ...
+inline size_t shared_limit() { return static_cast<size_t>(device_facts().shared_limit); }  // most shared bytes of a block
+
+// Above 48 KB a kernel must be told on each device how much dynamic shared memory it may get.
+inline void allow_dynamic_shared(const void* kernel, size_t bytes) {
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  if (bytes <= kAlwaysAllowed) return;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, current_device()}];
+  if (bytes <= most) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+             "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+  most = bytes;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "as many arguments as the kernel has parameters");
+  allow_dynamic_shared(reinterpret_cast<const void*>(kernel), shape.dynamic_shared);
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.dynamic_shared;
+  config.stream = static_cast<cudaStream_t>(shape.stream);
+  if (shape.dependent && architecture() >= 90) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx");
+}
+
+#endif
+
+}  // namespace lutgemm

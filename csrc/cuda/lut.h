@@ -1,0 +1,70 @@
+// LUT-GEMM and BiQGEMM: what their launchers take, and how a problem is cut into blocks. Host code only.
+//
+// Both read one layout of the weight (lutgemm/backends/gpu_layouts/lut.py):
+//
+//   codes  uint32 [row tiles][K units][bits][4][32][4]: tile of 16 rows, unit of 1024 inputs, plane, rows 4j..4j+3, word
+//          (32 inputs), row. Byte s of a word is slice s (8 inputs) in folded form: bit 7 says that the slice is negated,
+//          bits 0..6 are the signs of inputs 0..6 after that (1 is plus), input 7 is then plus.
+//   scales fp16 or fp32 [row tiles][K units][terms][slots][16]: slot i is the i-th group that the unit touches.
+//          Terms are the planes' scales, then the offsets if there are any; of the uniform kind s / 2 and
+//          2 * ((2^bits - 1) / 2 - zero). All but the last are in units of *scale_unit, a power of two.
+//
+// Rows, inputs and slots are padded; padding has scale 0, or meets an x of 0.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/problem.h"
+
+namespace lutgemm::cuda {
+
+constexpr int kTileRows = 16;
+constexpr int kUnitInputs = 1024;
+constexpr int kWordInputs = 32;
+constexpr int kPlaneWords = kTileRows * kUnitInputs / kWordInputs;  // words of a plane of a tile and unit
+
+struct LutProblem {
+  GpuIo io;
+  const uint32_t* codes;
+  const void* scales;
+  const float* scale_unit;
+  int64_t group_size;
+  int bits;          // 1..8
+  int slots;         // >= 1
+  bool uniform;      // scale_kind
+  bool offsets;      // there is a term for offsets; always with `uniform`
+  bool wide_scales;  // fp32, else fp16
+  Accuracy accuracy;
+  void* workspace;   // of *_workspace() bytes
+};
+
+// How a kernel's tables cut the problem: entries of kEntryBytes hold a few tokens, and every table takes 64 KiB, so more
+// tokens mean fewer inputs at a time.
+struct LutTables {
+  int tokens;
+  int entry_bytes;  // 4, 8, 16
+
+  int inputs() const { return 4096 / entry_bytes; }
+};
+
+// A grid of row_blocks * token_blocks times splits blocks. A block takes tiles_per_block tiles of rows (of 16) and
+// inputs_per_split tables' worth of inputs, one after the other.
+struct LutPlan {
+  int64_t row_blocks, tiles_per_block;
+  int64_t splits, tables_per_split;
+  int64_t token_blocks;
+
+  int64_t blocks() const { return row_blocks * token_blocks * splits; }
+};
+
+LutPlan plan_lut(int64_t M, int64_t N, int64_t K, int bits, const LutTables& tables, int sm_count);
+
+// One token a block.
+int64_t lut_gemm_workspace(const LutProblem& problem, const Gpu& gpu);
+void lut_gemm(const LutProblem& problem, const Gpu& gpu);
+
+// Several tokens a block.
+int64_t biqgemm_workspace(const LutProblem& problem, const Gpu& gpu);
+void biqgemm(const LutProblem& problem, const Gpu& gpu);
+
+}  // namespace lutgemm::cuda
