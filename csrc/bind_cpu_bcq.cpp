@@ -4,6 +4,7 @@
 #include "bind_cpu.h"
 #include "cpu/bcq.h"
 #include "cpu/byte_kernels.h"
+#include "cpu/tile_gemm.h"
 
 namespace lutgemm::bind {
 namespace {
@@ -159,6 +160,32 @@ Tensor bcq_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional
   return y;
 }
 
+// Tiles of W dequantized in cache: errors of the accuracy "accurate".
+Tensor bcq_tile_gemm_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N) {
+  check_tensor(packed, "packed", {-1});
+  check(packed.scalar_type() == ScalarType::Byte, "packed: must be uint8");
+  PackedBytes weight;
+  const char* fault = parse_byte_layout(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.numel(), &weight);
+  check(fault == nullptr, "packed: ", fault ? fault : "", "; make it with lutgemm::_bcq_pack_cpu");
+  check(weight.folded, "packed: its codes are plain, this kernel reads folded ones");
+  check(weight.N == N, "packed: it holds N=", weight.N, ", N=", N, " was asked for");
+  check(cpu_isa() >= Isa(kLastIsa) && LUTGEMM_X86, "this CPU lacks what the kernel needs: avx512vbmi");
+  Tensor y;
+  const Io io = make_io(x, bias, y, weight.N, weight.K);
+#if LUTGEMM_X86
+  // In look-ups of 8 k, several of which take as long as these products of a token.
+  const int64_t token_work = 4 * weight.chunk_blocks * kByteRows * weight.slices;
+  for (int64_t m = 0; m < io.M; m += kTileTokens) {
+    TileTokensX tokens = make_tile_tokens(weight, m, std::min(io.M - m, kTileTokens));
+    for_ranges(weight.spans, kSpanSlices * 8 * tokens.count,
+               [&](int64_t begin, int64_t end) { prepare_tile_spans(weight, io, begin, end, tokens); });
+    for_ranges(weight.chunks, token_work * tokens.count,
+               [&](int64_t begin, int64_t end) { tile_gemm_chunks(weight, io, tokens, begin, end); });
+  }
+#endif
+  return y;
+}
+
 Tensor bcq_dequantize_cpu(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets,
                           const std::optional<Tensor>& zeros, int64_t K, int64_t group_size, bool uniform,
                           int64_t row_begin, int64_t row_end, ScalarType scalar_type, int64_t isa_number) {
@@ -187,6 +214,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
       "_bcq_pack_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, bool uniform, "
       "bool bytes, bool folded=True) -> Tensor");
   m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, bool biqgemm, int isa, int accuracy) -> Tensor");
+  m.def("_bcq_tile_gemm_cpu(Tensor x, Tensor packed, Tensor? bias, int N) -> Tensor");
   m.def(
       "_bcq_dequantize_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, "
       "bool uniform, int row_begin, int row_end, ScalarType dtype, int isa) -> Tensor");
@@ -199,5 +227,6 @@ STABLE_TORCH_LIBRARY_IMPL(lutgemm, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(lutgemm, CPU, m) {
   m.impl("_bcq_pack_cpu", TORCH_BOX(&lutgemm::bind::bcq_pack_cpu));
   m.impl("_bcq_linear_cpu", TORCH_BOX(&lutgemm::bind::bcq_linear_cpu));
+  m.impl("_bcq_tile_gemm_cpu", TORCH_BOX(&lutgemm::bind::bcq_tile_gemm_cpu));
   m.impl("_bcq_dequantize_cpu", TORCH_BOX(&lutgemm::bind::bcq_dequantize_cpu));
 }

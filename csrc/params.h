@@ -10,7 +10,7 @@ namespace lutgemm {
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3 };
 
 // Instruction sets of this architecture, each including the ones before it. kAvx512 = F, BW, DQ and VL; kAvx512Vbmi
-// adds VBMI and GFNI.
+// adds VBMI, VNNI and GFNI.
 #if defined(__aarch64__)
 enum class Isa : int { kScalar = 0, kNeon = 1 };
 constexpr Isa kLastIsa = Isa::kNeon;

@@ -9,7 +9,7 @@ import torch
 
 from lutgemm.backends import registry, tuned
 from lutgemm.ops import linear
-from lutgemm.testing.cases import CASES, Inputs, OpCase
+from lutgemm.testing.cases import CASES, Inputs, OpCase, laid_out
 from lutgemm.testing.targets import Target, absent, targets
 from lutgemm.testing.timing import torch_threads
 
@@ -17,12 +17,12 @@ THREADED_WORK = 1 << 20
 """M * N * K from which a case runs on two threads; below it a pool only costs time, most of all on a busy machine."""
 
 
-EMULATED = ("neon",)
-"""What `--require` knows beside backends: see test_neon.py."""
+TOOLS = ("neon", "nvcc", "emulator")
+"""What `--require` knows beside backends: see test_neon.py, test_cuda_compile.py, test_cuda_emulated.py."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require", default="", help="comma-separated backends, or neon, whose absence fails, not skips")
+    parser.addoption("--require", default="", help=f"backends, or some of {TOOLS}, whose absence fails, not skips")
     parser.addoption("--backend", default="", help="comma-separated backends: kernel tests of these only")
 
 
@@ -33,10 +33,13 @@ def backend_names(config: pytest.Config, option: str) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # fixtures of a module too; see `one_thread`
     os.environ[tuned.VARIABLE] = "0"  # what the user's machine was tuned to is no business of the tests
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matmuls, before CUDA starts
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "sanitizer: small, and worth running under compute-sanitizer")
     config.addinivalue_line("markers", "cases(list): the OpCases that the `run` fixture iterates (default: all)")
     for option in ("--require", "--backend"):
         for name in backend_names(config, option):
-            known = [*registry(), *(EMULATED if option == "--require" else ())]
+            known = [*registry(), *(TOOLS if option == "--require" else ())]
             if name not in known:
                 raise pytest.UsageError(f"{option}: backend {name!r} is unknown; use some of {known}")
 
@@ -59,7 +62,12 @@ class KernelRun:
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         choice = {"backend": self.target.backend, "algorithm": self.algorithm, "accuracy": self.case.accuracy}
-        return linear(inputs.x, inputs.weight, inputs.bias, **choice)
+        device = self.target.device
+        if device == "cpu":
+            return linear(inputs.x, inputs.weight, inputs.bias, **choice)
+        x = laid_out(inputs.x.to(device), self.case.x_layout)
+        bias = None if inputs.bias is None else inputs.bias.to(device)
+        return linear(x, inputs.weight.to(device), bias, **choice).cpu()
 
     def __str__(self) -> str:
         return f"{self.target.name}-{self.algorithm}-{self.case.name}"
@@ -76,10 +84,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for target in targets():
         if target.backend in wanted:
             runs = [KernelRun(target, name, case) for case in cases for name in target.algorithms(case.op)]
-            params += [pytest.param(run, id=str(run)) for run in runs]
+            marks = () if target.device == "cpu" else pytest.mark.gpu
+            params += [pytest.param(run, id=str(run), marks=marks) for run in runs]
     for name, reason in absent().items():
         if name in wanted:
-            marks = () if name in required else pytest.mark.skip(reason=f"backend {name}: {reason}")
+            marks = [] if "cpu" in registry()[name].device_types else [pytest.mark.gpu]
+            marks += [] if name in required else [pytest.mark.skip(reason=f"backend {name}: {reason}")]
             params.append(pytest.param(Absent(name, reason), id=f"{name}-unavailable", marks=marks))
     metafunc.parametrize("run", params, indirect=True)
 

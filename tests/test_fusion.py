@@ -1,7 +1,11 @@
 """Sibling layers in one kernel call: the same bits, names and files, and nothing shared that is not the same."""
 
 import copy
+import gc
 import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lutgemm
 from lutgemm import fusion
+from lutgemm.accuracy import ACCURACIES
 from lutgemm.backends import cpu, prepared
 from lutgemm.errors import ArgumentError
 from lutgemm.fusion import FUSED_GROUPS, fuse
 from lutgemm.nn import replace_linear, set_accuracy
+from lutgemm.testing.cases import OpCase
+from lutgemm.testing.timing import torch_threads
 
 pytestmark = pytest.mark.skipif(
     cpu.BACKEND.unavailable() is not None, reason=f"backend cpu: {cpu.BACKEND.unavailable()}"
@@ -50,8 +57,17 @@ def pair(config=BCQ, bias: bool = False) -> tuple[nn.Module, nn.Module]:
 @pytest.fixture
 def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of layers of each fused call."""
-    calls, real = [], cpu.bcq_linear_stacked
-    monkeypatch.setattr(cpu, "bcq_linear_stacked", lambda x, w, *rest: calls.append(len(w)) or real(x, w, *rest))
+    calls, operator = [], cpu._op
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(x: torch.Tensor, layouts: list[torch.Tensor], *rest: Any) -> list[torch.Tensor]:
+            ys = operator(name)(x, layouts, *rest)
+            calls.append(len(layouts))
+            return ys
+
+        return call if name == fusion.OPERATOR else operator(name)
+
+    monkeypatch.setattr(cpu, "_op", counting)
     return calls
 
 
@@ -71,6 +87,79 @@ def test_fused_results_are_the_same_bits(config, bias, isa, stacked):
                 fused.k_proj(x), fused.v_proj(x)
     assert len(stacked) == 3 * 6 * 2
     assert set(stacked) == {3}
+
+
+@pytest.mark.parametrize("isa", cpu.available_isas())
+def test_siblings_may_differ_in_bits_and_kind_of_scales(isa, stacked):
+    model = Attention()
+    replace_linear(model, UNIFORM, include=["q_proj"])
+    replace_linear(model, BCQ, include=["k_proj"])
+    ratios = OpCase(N=33, K=96, group_size=32, bits=2, scale_kind="ratio")
+    model.v_proj = lutgemm.BCQLinear.from_weight(ratios.weight())
+    twin = copy.deepcopy(model)
+    assert fuse(model) == 1
+    with cpu.use_isa(isa), torch.no_grad():
+        for accuracy in ("fast", "accurate", "near-exact", "exact"):
+            set_accuracy(model, accuracy), set_accuracy(twin, accuracy)
+            for m in (1, 5, 17):
+                x = torch.randn(m, 96)
+                assert torch.equal(model(x), twin(x))
+    assert stacked == [3] * 12
+
+
+@pytest.mark.parametrize("algorithm", [False, True])
+@pytest.mark.parametrize("isa", range(len(cpu.available_isas())))
+def test_the_operator_shares_its_tables_among_any_number_of_weights(algorithm, isa):
+    """At any number of threads, for as many tokens as take several passes."""
+    layers = [lutgemm.BCQLinear.from_linear(nn.Linear(200, n), UNIFORM) for n in (5, 700, 64, 1)]
+    x, biases = torch.randn(2, 19, 200), [layer.bias.detach() for layer in layers]
+    for accuracy in range(len(ACCURACIES)):
+        with cpu.use_isa(cpu.ISAS[isa]):
+            for layer in layers:
+                cpu.prepare_bcq(layer.weight_record, accuracy)
+        kind = cpu._packed_kind(isa, accuracy)
+        layouts = [prepared.kept(layer.codes)[kind] for layer in layers]
+        for threads in (1, 2, 5):
+            with torch_threads(threads):
+                ys = torch.ops.lutgemm._bcq_linear_siblings_cpu(x, layouts, biases, algorithm, isa, accuracy)
+                for y, layout, bias in zip(ys, layouts, biases, strict=True):
+                    own = torch.ops.lutgemm._bcq_linear_cpu(x, layout, bias, len(bias), algorithm, isa, accuracy)
+                    assert torch.equal(y, own)
+
+
+def test_the_operator_refuses_what_does_not_fit():
+    best = len(cpu.available_isas()) - 1
+    layers = [lutgemm.BCQLinear.from_linear(nn.Linear(k, 8), BCQ) for k in (64, 64, 96)]
+    for layer in layers:
+        for accuracy in (1, 3):
+            cpu.prepare_bcq(layer.weight_record, accuracy)
+    kind = cpu._packed_kind(best, 1)
+    a, b, wide = (prepared.kept(layer.codes)[kind] for layer in layers)
+    exact, x, bias = prepared.kept(layers[0].codes)["words"], torch.randn(1, 64), torch.zeros(8)
+
+    def call(x=x, layouts=(a, b), biases=(), isa=best, accuracy=1):
+        return torch.ops.lutgemm._bcq_linear_siblings_cpu(x, list(layouts), list(biases), False, isa, accuracy)
+
+    assert [y.shape for y in call()] == [(1, 8)] * 2
+    for change, message in (
+        ({"layouts": []}, "packed: there must be a weight at least"),
+        ({"layouts": [a, wide]}, "siblings must have one K and group_size"),
+        ({"layouts": [a, exact]}, "siblings must be laid out alike" if kind != "words" else None),
+        ({"layouts": [a, b[:40]]}, "packed: "),
+        ({"layouts": [a, b.to(torch.int8)]}, "packed: must be uint8"),
+        ({"layouts": [a, torch.zeros(400, dtype=torch.uint8)]}, "packed: "),
+        ({"biases": [bias]}, "biases: one of each weight, or none at all"),
+        ({"biases": [bias, bias[:7]]}, r"bias: got shape \[7\], expected \[8\]"),
+        ({"biases": [bias, bias.half()]}, "bias: must have the dtype of x"),
+        ({"x": torch.randn(1, 63)}, r"x: got shape \[1, 63\], its last dimension must be K=64"),
+        ({"x": torch.randn(64, 2).T}, "x: must be contiguous"),
+        ({"isa": 9}, "isa=9"),
+        ({"accuracy": 4}, "accuracy=4"),
+        ({"accuracy": 3}, "laid out for integer tables" if kind != "words" else None),
+    ):
+        if message is not None:
+            with pytest.raises(RuntimeError, match=message):
+                call(**change)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -248,23 +337,23 @@ def test_a_sibling_on_another_device_or_of_another_bias_is_left_out(stacked):
     assert not stacked
 
 
-def test_layouts_of_single_layers_go_once_they_are_stacked():
+def test_fused_layers_read_the_layouts_that_they_read_apart():
     apart, fused = pair()
     x = torch.randn(2, 96)
     fuse(fused, ())
     fused(x)
-    assert torch.equal(fused(x), apart(x))
-    record = fused.q_proj.weight_record
-    bare = type(record)(record.layout, {n: t if n == "codes" else t.detach() for n, t in record.tensors.items()})
-    lutgemm.bcq_linear(x, bare)
-    kept = len(entries())
+    y = apart(x)
+    kept = [prepared.kept(layer.codes) for layer in fused.children()]
+    gc.collect()
+    count = len(entries())
     fuse(fused)
-    assert torch.equal(fused(x), apart(x))
-    assert len(entries()) == kept - 3 + 1
-    assert len([entry for entry in entries() if (0, id(record.codes)) in entry.own]) == 2, "of the bare record: kept"
+    assert torch.equal(fused(x), y)
+    assert len(entries()) == count
+    for layer, before in zip(fused.children(), kept, strict=True):
+        assert all(layout is before[kind] for kind, layout in prepared.kept(layer.codes).items())
 
 
-def entries() -> list[prepared._Entry]:
+def entries() -> list[prepared.Entry]:
     return [entry for held in prepared._entries.values() for entry in held]
 
 
@@ -301,16 +390,22 @@ def test_changes_of_one_sibling_are_seen(stacked):
     assert stacked == [3] * 6
 
 
-def test_one_layout_for_all(stacked):
+def test_a_group_keeps_no_layout_of_a_layer_that_is_gone(stacked):
     _, fused = pair()
+    x = torch.randn(1, 96)
     with torch.no_grad():
-        fused(torch.randn(1, 96))
-    for layer in fused.children():
-        (layout,) = prepared.kept(layer.codes).values()
-        assert layout is next(iter(prepared.kept(fused.q_proj.codes).values()))
-    kept = len(entries())
-    del layer, fused.v_proj
-    assert len(entries()) == kept - 1
+        fused.q_proj(x)
+        fused.k_proj(x)
+        assert stacked == [3]
+        gone = [weakref.ref(layout) for layout in prepared.kept(fused.v_proj.codes).values()]
+        gc.collect()
+        kept = len(entries())
+        del fused.v_proj
+        gc.collect()
+        assert len(entries()) == kept - 1
+        assert [layout() for layout in gone] == [None]
+        assert fused.q_proj(x).shape == (1, 70)
+    assert stacked == [3]
 
 
 def test_what_needs_more_is_computed_apart(stacked):
@@ -366,7 +461,7 @@ def test_groups_are_made_of_equals():
     assert fuse(model) == 0
     replace_linear(model, BCQ, skip="v_proj")
     assert fuse(model) == 0
-    replace_linear(model, UNIFORM)
+    replace_linear(model, lutgemm.BCQConfig(bits=3, group_size=64))
     assert fuse(model) == 0
     assert fuse(model, [("q_proj", "k_proj")]) == 1
     assert fuse(model, ()) == 0

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from lutgemm import _native
 
@@ -20,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HOST = f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
 needs_sources = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file(), reason=f"{ROOT} is not the source tree of lutgemm"
+)
+NO_NVCC = (
+    runpy.run_path(str(ROOT / "setup.py"), run_name="build_plan")["NO_NVCC"] if (ROOT / "setup.py").is_file() else ""
 )
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")),
@@ -105,7 +109,11 @@ def pure_files(tree: Path) -> set[str]:
         for path in (tree / "lutgemm").rglob("*")
         if path.is_file() and path.suffix not in (".so", ".pyc") and path.name != "_build_info.json"
     }
-    bench = {f"lutgemm/bench/{path.relative_to(tree / 'bench').as_posix()}" for path in (tree / "bench").rglob("*.py")}
+    bench = {
+        f"lutgemm/bench/{path.relative_to(tree / 'bench').as_posix()}"
+        for pattern in ("*.py", "*.cu")
+        for path in (tree / "bench").rglob(pattern)
+    }
     return ours | bench | {"lutgemm/_build_info.json"}
 
 
@@ -117,7 +125,7 @@ def test_pure_wheel_holds_the_package_and_nothing_stale(tmp_path: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     info = build_info(wheel)
     assert info["built"] == []
-    assert set(info["skipped"]) == {"_C", "_host"}
+    assert set(info["skipped"]) == {"_C", "_C_cuda", "_host"}
     assert all("LUTGEMM_BUILD=none" in reason for reason in info["skipped"].values())
 
 
@@ -131,7 +139,7 @@ def test_compiled_wheel_and_build_in_place(tmp_path: Path) -> None:
     assert f"-{tag}-{tag}" in wheel.name
     info = build_info(wheel)
     assert info["built"] == ["_C", "_host"]
-    assert info["skipped"] == {}
+    assert set(info["skipped"]) == {"_C_cuda"}
     with zipfile.ZipFile(wheel) as archive:
         for name in ("lutgemm/_C.so", f"lutgemm/{HOST}"):
             assert str(tmp_path).encode() not in archive.read(name), f"{name} names the folder that it was built in"
@@ -191,14 +199,49 @@ def test_without_compiler_the_package_installs_and_says_why(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"LUTGEMM_BUILD": "cuda"}, "LUTGEMM_BUILD=cuda is unknown; use one of auto, cpu, none"),
+        ({"LUTGEMM_BUILD": "gpu"}, "LUTGEMM_BUILD=gpu is unknown; use one of auto, cpu, cuda, none"),
         ({"LUTGEMM_BUILD": "cpu", "CXX": "/no/such/c++"}, "CXX=/no/such/c++ is not to be found"),
+        ({"LUTGEMM_BUILD": "cuda", "CUDA_HOME": "/no/such"}, "nvcc was not in /no/such/bin when lutgemm was built"),
+        (
+            {"LUTGEMM_BUILD": "cuda", "LUTGEMM_CUDA_ARCHS": "75"},
+            "'75' is no arch of 80 or later, such as 80, 90a, 80+PTX",
+        ),
     ],
 )
 def test_bad_build_settings_are_refused(tmp_path: Path, environment: dict[str, str], message: str) -> None:
-    done = run(make_tree(tmp_path), "setup.py", "build_ext", "--inplace", **environment)
+    if "LUTGEMM_CUDA_ARCHS" in environment and NO_NVCC:
+        pytest.skip(NO_NVCC)
+    tree = make_tree(tmp_path)
+    (tree / "csrc" / "bind_cuda.cpp").write_text("", "utf-8")
+    done = run(tree, "setup.py", "build_ext", "--inplace", **environment)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@needs_sources
+@pytest.mark.skipif(NO_NVCC is not None, reason=str(NO_NVCC))
+def test_the_gpu_part_is_built_where_it_is_asked_for(tmp_path: Path) -> None:
+    """For a torch without CUDA it is built on demand only, is well-formed, and stays unloaded."""
+    tree = make_tree(tmp_path)
+    (tree / "csrc" / "cuda").mkdir()
+    (tree / "csrc" / "bind_cuda.cpp").write_text("void launch_it(); void* keep = (void*)&launch_it;\n", "utf-8")
+    kernel = "__global__ void fill(int* x) { *x = 1; }\nvoid launch_it() { fill<<<1, 1>>>(nullptr); }\n"
+    (tree / "csrc" / "cuda" / "fill.cu").write_text(kernel, "utf-8")
+    done = run(tree, "setup.py", "build_ext", "--inplace", LUTGEMM_BUILD="cuda", LUTGEMM_CUDA_ARCHS="80, 9.0a+PTX")
+    assert done.returncode == 0, done.stdout + done.stderr
+    info = json.loads((tree / "lutgemm" / "_build_info.json").read_text("utf-8"))
+    assert info["built"] == ["_C", "_C_cuda", "_host"]
+    assert info["cuda_archs"] == "80, 9.0a+PTX"
+    library = (tree / "lutgemm" / "_C_cuda.so").read_bytes()
+    assert str(tmp_path).encode() not in library
+    if torch.version.cuda is None:
+        done = run(tree, "-c", "import lutgemm._native as n; print(n.load_ops('_C_cuda'))")
+        assert "has no CUDA; install a CUDA build of torch" in done.stdout, done.stderr
+        done = run(tree, "setup.py", "build_ext", "--inplace")
+        assert "_C_cuda" not in done.stderr, "a warning of what nobody could use"
+        assert not (tree / "lutgemm" / "_C_cuda.so").exists()
+        info = json.loads((tree / "lutgemm" / "_build_info.json").read_text("utf-8"))
+        assert "has no CUDA; install a CUDA build of torch, or set LUTGEMM_BUILD=cuda" in info["skipped"]["_C_cuda"]
 
 
 @needs_sources
@@ -215,7 +258,9 @@ def test_torch_is_looked_up_without_importing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, headers: bool, reason: str | None
 ) -> None:
     (tmp_path / "torch" / "include" / "torch" / "csrc" / ("stable" if headers else "other")).mkdir(parents=True)
-    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{version}'\n", "utf-8")
+    (tmp_path / "torch" / "version.py").write_text(
+        f"__version__ = '{version}'\ncuda: Optional[str] = '13.0'\n", "utf-8"
+    )
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('the build imported torch')\n", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch")
@@ -223,7 +268,7 @@ def test_torch_is_looked_up_without_importing_it(
     found, missing = build["find_torch"]()
     assert "torch" not in sys.modules
     if reason is None:
-        assert (found.folder, found.version, missing) == (tmp_path / "torch", version, None)
+        assert (found.folder, found.version, found.cuda, missing) == (tmp_path / "torch", version, "13.0", None)
     else:
         assert found is None
         assert reason in missing
@@ -309,4 +354,4 @@ def test_the_build_starts_where_there_is_no_fcntl(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setattr(sys, "platform", "darwin")
     build = runpy.run_path(str(ROOT / "setup.py"), run_name="build_plan")
-    assert [part.missing for part in build["PARTS"]] == ["compiled parts exist for Linux, not for darwin"] * 2
+    assert [part.missing for part in build["PARTS"]] == ["compiled parts exist for Linux, not for darwin"] * 3

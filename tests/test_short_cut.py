@@ -166,7 +166,7 @@ def test_choices_are_kept_for_few_tokens_only(layer):
         for m in (1, 4, 1000):
             layer(torch.zeros(m, 72))
     choices = layer.weight_record.choices
-    assert sorted(key[0] for key in choices) == [1, 4]
+    assert sorted(key[0] for key in choices) == [(1, 72), (4, 72)]
     layer.accuracy = "exact"
     with torch.no_grad():
         layer(torch.zeros(1, 72))
@@ -190,7 +190,7 @@ def test_a_choice_is_of_an_instruction_set(layer, monkeypatch):
     for m in (1, 1000):
         for isa in ("scalar", cpu.available_isas()[-1], "scalar"):
             with cpu.use_isa(isa):
-                picked.append(choose(torch.zeros(m, 72), layer.weight_record, "auto", "auto", "auto")[1])
+                picked.append(choose(torch.zeros(m, 72), layer.weight_record, "auto", "auto", "auto").algorithm)
     forget_choices()
     assert picked == ["dequantize", own, "dequantize"] * 2
 

@@ -26,10 +26,26 @@ using avx512::kVectors;
 using avx512::sign_of_bit;
 using avx512::widen;
 
-// The stream is read in order, so a fixed distance serves spans, row blocks and scales alike. Into L2: prefetches into
-// L1 fill its few miss buffers, and weights in DRAM took 1.3 times as long (Zen 4; from 8 to 64 KiB it mattered by 8
-// %).
-constexpr int64_t kPrefetchBytes = 8192;
+// The stream is read in order, so fixed distances serve spans, row blocks and scales alike. Into L2: prefetches into
+// L1 fill its few miss buffers, and weights in DRAM took 1.3 times as long (Zen 4). Each line is asked for two to four
+// times: of prefetches that come in a burst, faster than DRAM delivers, some are dropped. At 3 bits 298 us with one,
+// 248 with two, 236 with three; one that finds its line in L2 costs 1.5 %, so there are more where less work comes
+// between two lines.
+constexpr int64_t kPrefetchBytes[] = {16 << 10, 12 << 10, 8 << 10, 20 << 10};
+
+constexpr int prefetches(Accuracy accuracy, int planes) {
+  if (accuracy == Accuracy::kNearExact || planes < 2) return 2;
+  return planes > 3 ? 4 : planes + (accuracy == Accuracy::kFast ? 1 : 0);
+}
+
+// Always inlined: gcc takes a function of prefetches for one without effect, and leaves out calls of it.
+template <int kTimes>
+[[gnu::always_inline]] inline void prefetch_stream(const uint8_t* at) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kTimes; ++i) {
+    _mm_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes[i], _MM_HINT_T1);
+  }
+}
 
 constexpr int64_t kEntries = 128;
 
@@ -58,16 +74,25 @@ inline Look load_table(const uint8_t* table) {
 struct ByteSum {
   __m512i words, odd;
 
-  void clear() { words = odd = _mm512_setzero_si512(); }
-  void add(__m512i bytes) {
+  [[gnu::always_inline]] void clear() { words = odd = _mm512_setzero_si512(); }
+  [[gnu::always_inline]] void add(__m512i bytes) {
     words = _mm512_add_epi16(words, bytes);
     odd = _mm512_add_epi16(odd, _mm512_srli_epi16(bytes, 8));
   }
-  void rows(__m512 (&out)[kVectors]) const {
+  [[gnu::always_inline]] void rows(__m512 (&out)[kVectors]) const {
     const __m512i even = _mm512_sub_epi16(words, _mm512_slli_epi16(odd, 8));
     widen(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), out);
   }
 };
+
+// rows - base, and half a step more for an odd number of slices. Both are exact.
+[[gnu::always_inline]] inline void take_off(__m512 (&rows)[kVectors], float base, int64_t slices) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kVectors; ++r) rows[r] = _mm512_sub_ps(rows[r], _mm512_set1_ps(base));
+  if (slices % 2 == 0) return;
+#pragma GCC unroll 4
+  for (int r = 0; r < kVectors; ++r) rows[r] = _mm512_add_ps(rows[r], _mm512_set1_ps(0.5f));
+}
 
 // The dot products of one plane, in steps.
 template <Accuracy kAccuracy>
@@ -77,17 +102,14 @@ template <>
 struct Dot<Accuracy::kFast> {
   ByteSum high;
 
-  void clear() { high.clear(); }
-  void add(const Look& t, __m512i index) {
+  [[gnu::always_inline]] void clear(int64_t) { high.clear(); }
+  [[gnu::always_inline]] void add(const Look& t, __m512i index) {
     const __m512i v = _mm512_permutex2var_epi8(t.high[0], index, t.high[1]);
     high.add(_mm512_xor_si512(v, sign_bytes(index)));
   }
-  void rows(int64_t slices, __m512 (&out)[kVectors]) const {
+  [[gnu::always_inline]] void rows(int64_t slices, __m512 (&out)[kVectors]) const {
     high.rows(out);
-    for (auto& v : out) {
-      v = _mm512_sub_ps(v, _mm512_set1_ps(8388608.0f + 128.0f * float(slices)));
-      v = _mm512_add_ps(v, _mm512_set1_ps(0.5f * float(slices)));
-    }
+    take_off(out, 8388608.0f + float(128 * slices - slices / 2), slices);
   }
 };
 
@@ -95,8 +117,9 @@ template <>
 struct Dot<Accuracy::kAccurate> {
   __m512i low, high;  // rows of bytes 0-7 and 8-15 of each lane
 
-  void clear() { low = high = _mm512_set1_epi16(int16_t(0x8000)); }
-  void add(const Look& t, __m512i index) {
+  // Half a step for each look-up; rows() adds what is left of an odd number of them.
+  [[gnu::always_inline]] void clear(int64_t slices) { low = high = _mm512_set1_epi16(int16_t(0x8000 + slices / 2)); }
+  [[gnu::always_inline]] void add(const Look& t, __m512i index) {
     const __m512i sign = sign_bytes(index);
     __m512i a = _mm512_permutex2var_epi8(t.low[0], index, t.low[1]);
     __m512i b = _mm512_permutex2var_epi8(t.high[0], index, t.high[1]);
@@ -105,12 +128,9 @@ struct Dot<Accuracy::kAccurate> {
     low = _mm512_add_epi16(low, _mm512_unpacklo_epi8(a, b));
     high = _mm512_add_epi16(high, _mm512_unpackhi_epi8(a, b));
   }
-  void rows(int64_t slices, __m512 (&out)[kVectors]) const {
+  [[gnu::always_inline]] void rows(int64_t slices, __m512 (&out)[kVectors]) const {
     widen(low, high, out);
-    for (auto& v : out) {
-      v = _mm512_sub_ps(v, _mm512_set1_ps(8388608.0f + 32768.0f));
-      v = _mm512_add_ps(v, _mm512_set1_ps(0.5f * float(slices)));
-    }
+    take_off(out, 8388608.0f + 32768.0f, slices);
   }
 };
 
@@ -118,18 +138,18 @@ template <>
 struct Dot<Accuracy::kNearExact> {
   ByteSum low, high;
 
-  void clear() {
+  [[gnu::always_inline]] void clear(int64_t) {
     low.clear();
     high.clear();
   }
-  void add(const Look& t, __m512i index) {
+  [[gnu::always_inline]] void add(const Look& t, __m512i index) {
     const __m512i sign = sign_bytes(index);
     const __m512i a = _mm512_permutex2var_epi8(t.low[0], index, t.low[1]);
     const __m512i b = _mm512_permutex2var_epi8(t.high[0], index, t.high[1]);
     low.add(_mm512_xor_si512(a, sign));
     high.add(_mm512_xor_si512(b, sign));
   }
-  void rows(int64_t slices, __m512 (&out)[kVectors]) const {
+  [[gnu::always_inline]] void rows(int64_t slices, __m512 (&out)[kVectors]) const {
     __m512 tail[kVectors];
     high.rows(out);
     low.rows(tail);
@@ -144,10 +164,12 @@ struct Dot<Accuracy::kNearExact> {
 
 // t [block][4] += scale * dot of planes first .. first + kPlanes - 1.
 template <Accuracy kAccuracy, int kPlanes, int kBlocks>
-inline void add_planes(const ByteTask& task, int first, __m512 (&t)[kBlocks][kVectors]) {
+[[gnu::always_inline]] inline void add_planes(const ByteTask& task, int first, __m512 (&t)[kBlocks][kVectors]) {
   Dot<kAccuracy> dot[kBlocks][kPlanes];
-  for (auto& block : dot) {
-    for (auto& d : block) d.clear();
+#pragma GCC unroll 2
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPlanes; ++p) dot[i][p].clear(task.slices);
   }
   const int64_t slice_bytes = task.weight->bits * kByteRows;
   const uint8_t* tables = task.tables;
@@ -158,8 +180,10 @@ inline void add_planes(const ByteTask& task, int first, __m512 (&t)[kBlocks][kVe
       const uint8_t* codes = task.pieces[i].codes + first * kByteRows + j * slice_bytes;
 #pragma GCC unroll 4
       for (int p = 0; p < kPlanes; ++p, codes += kByteRows) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
-        dot[i][p].add(table, _mm512_loadu_si512(codes));
+        prefetch_stream<prefetches(kAccuracy, kPlanes)>(codes);
+        __m512i index = _mm512_loadu_si512(codes);
+        asm("" : "+v"(index));  // look-ups overwrite it: gcc would load it again for each
+        dot[i][p].add(table, index);
       }
     }
   }
@@ -168,10 +192,11 @@ inline void add_planes(const ByteTask& task, int first, __m512 (&t)[kBlocks][kVe
     const ByteScales scales(*task.weight, task.pieces[i].scales);
 #pragma GCC unroll 4
     for (int p = 0; p < kPlanes; ++p) {
-      __m512 rows[kVectors];
+      __m512 rows[kVectors], scale[kVectors];
       dot[i][p].rows(task.slices, rows);
+      scales.plane(first + p, scale);
 #pragma GCC unroll 4
-      for (int r = 0; r < kVectors; ++r) t[i][r] = _mm512_fmadd_ps(scales.plane(first + p, r), rows[r], t[i][r]);
+      for (int r = 0; r < kVectors; ++r) t[i][r] = _mm512_fmadd_ps(scale[r], rows[r], t[i][r]);
     }
   }
 }
@@ -181,11 +206,13 @@ template <Accuracy kAccuracy, int kBlocks, int kMostPlanes>
 void add_blocks(const ByteTask& task) {
   const PackedBytes& weight = *task.weight;
   __m512 t[kBlocks][kVectors];
+#pragma GCC unroll 2
   for (int i = 0; i < kBlocks; ++i) {
     for (int64_t at = 0; at < weight.scale_bytes; at += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(task.pieces[i].scales + at) + kPrefetchBytes, _MM_HINT_T1);
+      prefetch_stream<prefetches(kAccuracy, 2)>(task.pieces[i].scales + at);
     }
-    for (auto& v : t[i]) v = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int r = 0; r < kVectors; ++r) t[i][r] = _mm512_setzero_ps();
   }
   int b = 0;
   for (; b + kMostPlanes <= weight.bits; b += kMostPlanes) add_planes<kAccuracy, kMostPlanes, kBlocks>(task, b, t);
@@ -202,13 +229,21 @@ void add_blocks(const ByteTask& task) {
     default:
       break;
   }
+#pragma GCC unroll 2
   for (int i = 0; i < kBlocks; ++i) {
     const ByteScales scales(weight, task.pieces[i].scales);
+    float* y = task.y + i * kByteRows;
+#pragma GCC unroll 4
+    for (int r = 0; r < kVectors; ++r) t[i][r] = _mm512_mul_ps(t[i][r], _mm512_set1_ps(task.step));
+    if (scales.has_sum_term()) {
+      __m512 sum_term[kVectors];
+      scales.sum_term(sum_term);
+#pragma GCC unroll 4
+      for (int r = 0; r < kVectors; ++r) t[i][r] = _mm512_fmadd_ps(sum_term[r], _mm512_set1_ps(task.sum), t[i][r]);
+    }
+#pragma GCC unroll 4
     for (int r = 0; r < kVectors; ++r) {
-      float* y = task.y + i * kByteRows + r * kLanes;
-      __m512 v = _mm512_mul_ps(t[i][r], _mm512_set1_ps(task.step));
-      if (scales.has_sum_term()) v = _mm512_fmadd_ps(scales.sum_term(r), _mm512_set1_ps(task.sum), v);
-      _mm512_storeu_ps(y, scales.finish(r, v, _mm512_loadu_ps(y)));
+      _mm512_storeu_ps(y + r * kLanes, scales.finish(r, t[i][r], _mm512_loadu_ps(y + r * kLanes)));
     }
   }
 }

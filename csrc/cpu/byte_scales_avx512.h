@@ -11,6 +11,23 @@
 LUTGEMM_TARGET_AVX512_BEGIN
 namespace lutgemm::avx512 {
 
+// 64 values of `dtype` from element `index`, in fp32.
+[[gnu::always_inline]] inline void load64(const void* data, DType dtype, int64_t index, __m512 (&out)[kVectors]) {
+  switch (dtype) {
+    case DType::kFloat16:
+#pragma GCC unroll 4
+      for (int r = 0; r < kVectors; ++r) out[r] = load16(data, DType::kFloat16, index + r * kLanes);
+      break;
+    case DType::kBFloat16:
+#pragma GCC unroll 4
+      for (int r = 0; r < kVectors; ++r) out[r] = load16(data, DType::kBFloat16, index + r * kLanes);
+      break;
+    default:
+#pragma GCC unroll 4
+      for (int r = 0; r < kVectors; ++r) out[r] = load16(data, DType::kFloat32, index + r * kLanes);
+  }
+}
+
 struct ByteScales {
   const uint8_t* data;
   int bits;
@@ -33,6 +50,11 @@ struct ByteScales {
     return load16(data, dtype, b * kByteRows + r * kLanes);
   }
 
+  void plane(int b, __m512 (&out)[kVectors]) const {
+    if (!uniform) return load64(data, dtype, b * kByteRows, out);
+    for (auto& v : out) v = plane(b, 0);
+  }
+
   // What the sum of x is multiplied by; uniform: before s.
   __m512 sum_term(int r) const {
     if (!uniform) return load16(data, dtype, bits * kByteRows + r * kLanes);
@@ -41,6 +63,11 @@ struct ByteScales {
     if (zeros_dtype != DType::kUInt8) return _mm512_sub_ps(middle, load16(zeros, zeros_dtype, r * kLanes));
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + r * kLanes));
     return _mm512_sub_ps(middle, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(raw)));
+  }
+
+  void sum_term(__m512 (&out)[kVectors]) const {
+    if (!uniform) return load64(data, dtype, bits * kByteRows, out);
+    for (int r = 0; r < kVectors; ++r) out[r] = sum_term(r);
   }
 
   // y + t (uniform: y + s * t)

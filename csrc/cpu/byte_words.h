@@ -71,6 +71,7 @@ struct Block {
   alignas(64) uint8_t indices[kMaxBits][kSpanWordLookUps * kIndexBytes];
   alignas(64) float planes[kMaxBits][kByteRows];
   alignas(64) float sum_term[kByteRows];
+  bool has_sum_term;
 };
 
 constexpr int64_t kTokenEntries = kSpanWordLookUps * kWordEntries;
@@ -190,8 +191,12 @@ inline void add_planes(const WordTask& task, const Block& block, int first, int6
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kVectors; ++r) {
-      float* y = task.y + (m0 + m) * kByteRows + r * kLanes;
-      _mm512_storeu_ps(y, _mm512_fmadd_ps(step, t[r], _mm512_loadu_ps(y)));
+      float* at = task.y + (m0 + m) * kByteRows + r * kLanes;
+      __m512 y = _mm512_loadu_ps(at);
+      if (first == 0 && block.has_sum_term) {
+        y = _mm512_fmadd_ps(_mm512_load_ps(block.sum_term + r * kLanes), _mm512_set1_ps(task.sums[m0 + m]), y);
+      }
+      _mm512_storeu_ps(at, _mm512_fmadd_ps(step, t[r], y));
     }
   }
 }
@@ -217,27 +222,19 @@ void add_words(const WordTask& task) {
   const ByteScales scales(*task.weight, task.piece.scales);
   const int64_t slice_bytes = task.weight->bits * kByteRows;
   const bool uniform = task.weight->uniform;
+  block.has_sum_term = scales.has_sum_term();
   for (int r = 0; r < kVectors; ++r) {
     const __m512 unit =
         uniform ? load16(task.piece.scales, task.weight->scale_dtype, r * kLanes) : _mm512_set1_ps(1.0f);
     for (int b = 0; b < task.weight->bits; ++b) {
       _mm512_store_ps(block.planes[b] + r * kLanes, _mm512_mul_ps(unit, scales.plane(b, r)));
     }
-    if (scales.has_sum_term()) {
+    if (block.has_sum_term) {
       _mm512_store_ps(block.sum_term + r * kLanes, _mm512_mul_ps(unit, scales.sum_term(r)));
     }
   }
   for (int b = 0; b < task.weight->bits && task.tokens > kMostPacked; ++b) {
     unpack_indices(task.piece.codes + b * kByteRows, task.slices, slice_bytes, block.indices[b]);
-  }
-  if (scales.has_sum_term()) {
-    for (int64_t m = 0; m < task.tokens; ++m) {
-      for (int r = 0; r < kVectors; ++r) {
-        float* y = task.y + m * kByteRows + r * kLanes;
-        const __m512 term = _mm512_load_ps(block.sum_term + r * kLanes);
-        _mm512_storeu_ps(y, _mm512_fmadd_ps(term, _mm512_set1_ps(task.sums[m]), _mm512_loadu_ps(y)));
-      }
-    }
   }
   Prefetch prefetch{task.ahead, task.ahead + task.ahead_bytes};
   for (int64_t m = 0; m < task.tokens; m += kTokensAtOnce) {

@@ -26,7 +26,7 @@
 #define LUTGEMM_TARGET_AVX2_BEGIN LUTGEMM_TARGET_BEGIN("avx2,fma,f16c")
 #define LUTGEMM_TARGET_AVX512_BEGIN LUTGEMM_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define LUTGEMM_TARGET_AVX512VBMI_BEGIN \
-  LUTGEMM_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,gfni")
+  LUTGEMM_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")
 #define LUTGEMM_TARGET_END _Pragma("clang attribute pop")
 #else
 #define LUTGEMM_TARGET_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
@@ -34,7 +34,7 @@
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl\")")
 #define LUTGEMM_TARGET_AVX512VBMI_BEGIN \
   _Pragma("GCC push_options")           \
-      _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,gfni\")")
+      _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni\")")
 #define LUTGEMM_TARGET_END _Pragma("GCC pop_options")
 #endif
 
@@ -49,7 +49,8 @@ inline Isa cpu_isa() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+    const bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("gfni");
     return vbmi ? Isa::kAvx512Vbmi : avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
   }();
   return found;

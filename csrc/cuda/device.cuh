@@ -12,11 +12,13 @@
 //       unsigned char* bytes = dynamic_shared();         // LaunchShape::dynamic_shared bytes, 128-byte aligned
 //   Emulated shared memory starts as NaN; reading a byte that nobody wrote is an error, and so is an access outside.
 // - All lanes named in a mask run every shuffle, vote, __syncwarp, mma and ldmatrix; all threads of the block run every
-//   __syncthreads. Leaving early is an error. Only __syncthreads and __syncwarp order shared memory: a shuffle does not.
+//   __syncthreads. Leaving early is an error. Only __syncthreads and __syncwarp order shared memory: a shuffle does
+//   not.
 // - Vector accesses of 8 and 16 bytes go through load8/load16/store8/store16 of ptx.cuh: a dereferenced uint4* works
 //   too, but the emulator sees four 4-byte accesses and counts bank conflicts accordingly.
 // - No <<<>>>: launch() of launch.cuh. No asm: ptx.cuh. threadIdx, blockIdx, blockDim and gridDim are as usual.
-//   No global-memory atomics are needed; atomicAdd, atomicMax, atomicMin, atomicCAS, atomicExch exist for shared memory.
+//   No global-memory atomics are needed; atomicAdd, atomicMax, atomicMin, atomicCAS, atomicExch exist for shared
+//   memory.
 // - Kernels and helpers in a .cu live in an unnamed namespace: two sources may use the same names.
 #pragma once
 
@@ -27,10 +29,10 @@
 #include "emulation/cuda.h"
 
 // A reference to an array in the emulated block's shared memory; `name##_key` tells arrays (and instances) apart.
-#define LUTGEMM_SHARED(type, name, ...)                                                        \
-  static const char name##_key = 0;                                                            \
-  using name##_type = type __VA_ARGS__;                                                        \
-  name##_type& name =                                                                          \
+#define LUTGEMM_SHARED(type, name, ...) \
+  static const char name##_key = 0;     \
+  using name##_type = type __VA_ARGS__; \
+  name##_type& name =                   \
       *reinterpret_cast<name##_type*>(::emulation::static_shared(&name##_key, sizeof(name##_type), #name))
 
 namespace lutgemm {

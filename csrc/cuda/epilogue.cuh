@@ -6,6 +6,10 @@
 
 namespace lutgemm::cuda {
 
+__device__ __forceinline__ float as_float(float value) { return value; }
+__device__ __forceinline__ float as_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
 // Element `index` of an array of float type `dtype`.
 __device__ __forceinline__ float load_value(const void* array, DType dtype, int64_t index) {
   switch (dtype) {

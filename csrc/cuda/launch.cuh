@@ -37,7 +37,9 @@ inline size_t shared_limit() { return emulation::shared_limit(); }       // most
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
-  emulation::launch(kernel, shape.grid, shape.block, shape.dynamic_shared, std::forward<Arguments>(arguments)...);
+  const bool dependent = shape.dependent && architecture() >= 90;
+  emulation::launch(kernel, {shape.grid, shape.block, shape.dynamic_shared, dependent},
+                    std::forward<Arguments>(arguments)...);
 }
 
 #else
@@ -79,7 +81,9 @@ inline const DeviceFacts& device_facts() {
 
 inline int sm_count() { return device_facts().sm_count; }
 inline int architecture() { return device_facts().architecture; }  // 80, 90, ...
-inline size_t shared_limit() { return static_cast<size_t>(device_facts().shared_limit); }  // most shared bytes of a block
+inline size_t shared_limit() {
+  return static_cast<size_t>(device_facts().shared_limit);
+}  // most shared bytes of a block
 
 // Above 48 KB a kernel must be told on each device how much dynamic shared memory it may get.
 inline void allow_dynamic_shared(const void* kernel, size_t bytes) {

@@ -31,8 +31,8 @@ struct LutProblem {
   int64_t group_size;
   int bits;          // 1..8
   int slots;         // >= 1
-  bool uniform;      // scale_kind
-  bool offsets;      // there is a term for offsets; always with `uniform`
+  bool uniform;      // terms of the uniform kind; then there are offsets, and no wide_scales
+  bool offsets;      // there is a term for offsets
   bool wide_scales;  // fp32, else fp16
   Accuracy accuracy;
   void* workspace;   // of *_workspace() bytes

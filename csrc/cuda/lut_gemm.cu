@@ -1,25 +1,37 @@
-// LUT-GEMM: one token a block, fp32 tables. The kernel is in lut.cuh.
+// LUT-GEMM: one token a block. The kernel is in lut.cuh.
 #include "cuda/lut.cuh"
 #include "cuda/lut_launch.cuh"
 
 namespace lutgemm::cuda {
 namespace {
 
-constexpr LutTables kTables{1, 4};
+// Of a multiprocessor. The commonest kind fits 80 registers, and 3 blocks of 70 KB fit the shared memory of Hopper (2
+// that of Ampere); the others, which hold more scales, would spill.
+template <class Scales, bool kUniform>
+constexpr int kBlocks = sizeof(Scales) == 8 && !kUniform ? 3 : 2;
 
-template <class Scale, bool kUniform>
-__global__ void __launch_bounds__(kLutThreads, kLutBlocks) lut_gemm_kernel(LutArguments arguments) {
-  lut_block<4, Scale, kUniform>(arguments);
+template <class Tables, class Scales, bool kUniform>
+__global__ void __launch_bounds__(kLutThreads, kBlocks<Scales, kUniform>) lut_gemm_kernel(LutArguments arguments) {
+  lut_block<Tables, Scales, kUniform>(arguments);
+}
+
+template <class Tables>
+LutKernel kernel_for(const LutProblem& problem) {
+  if (problem.wide_scales) return make_kernel<Tables>(lut_gemm_kernel<Tables, WideScales, false>);
+  return problem.uniform ? make_kernel<Tables>(lut_gemm_kernel<Tables, NarrowScales, true>)
+                         : make_kernel<Tables>(lut_gemm_kernel<Tables, NarrowScales, false>);
+}
+
+LutKernel kernel_of(const LutProblem& problem) {
+  return problem.accuracy == Accuracy::kExact ? kernel_for<FloatTables<4>>(problem) : kernel_for<ShortTables>(problem);
 }
 
 }  // namespace
 
-int64_t lut_gemm_workspace(const LutProblem& problem, const Gpu& gpu) { return lut_workspace(problem, kTables, gpu); }
-
-void lut_gemm(const LutProblem& problem, const Gpu& gpu) {
-  const auto kernel = problem.uniform ? (problem.wide_scales ? lut_gemm_kernel<float, true> : lut_gemm_kernel<__half, true>)
-                                      : (problem.wide_scales ? lut_gemm_kernel<float, false> : lut_gemm_kernel<__half, false>);
-  launch_lut(kernel, problem, kTables, gpu);
+int64_t lut_gemm_workspace(const LutProblem& problem, const Gpu& gpu) {
+  return lut_workspace(problem, kernel_of(problem), gpu);
 }
+
+void lut_gemm(const LutProblem& problem, const Gpu& gpu) { launch_lut(kernel_of(problem), problem, gpu); }
 
 }  // namespace lutgemm::cuda

@@ -10,8 +10,8 @@
 //   cp_async_commit(), cp_async_wait<kLeft>()   all but the newest kLeft groups *of this thread* have arrived; other
 //       threads see them after a following __syncthreads or __syncwarp
 //   ldmatrix_x1|x2|x4(uint32_t (&r)[1|2|4], row), ldmatrix_x1|x2|x4_trans
-//       8x8 matrices of 16-bit values from shared memory. Lane 8*i + j gives the address of row j (16 bytes, aligned) of
-//       matrix i; every lane gives a valid address, also where its row is not used. Lane l receives in r[i] elements
+//       8x8 matrices of 16-bit values from shared memory. Lane 8*i + j gives the address of row j (16 bytes, aligned)
+//       of matrix i; every lane gives a valid address, also where its row is not used. Lane l receives in r[i] elements
 //       [l / 4][2 * (l % 4) .. +1] of matrix i; with _trans those of its transpose.
 //   mma_f16(d, a, b), mma_bf16(d, a, b)   float d[4] += A[16, 16] B[16, 8]
 //   mma_s8(d, a, b), mma_u8s8, mma_s8u8, mma_u8   int32 d[4] += A[16, 32] B[32, 8] (exact, wraps around)
@@ -19,7 +19,8 @@
 //       d[0..3] = D[group][2t], D[group][2t+1], D[group+8][2t], D[group+8][2t+1]
 //       16-bit: a[0] = A[group][2t..2t+1], a[1] = A[group+8][2t..], a[2] = A[group][2t+8..], a[3] = A[group+8][2t+8..]
 //               b[0] = B[2t..2t+1][group], b[1] = B[2t+8..2t+9][group]                  (lower k in the lower half)
-//       8-bit:  a[0] = A[group][4t..4t+3], a[1] = A[group+8][4t..], a[2] = A[group][4t+16..], a[3] = A[group+8][4t+16..]
+//       8-bit:  a[0] = A[group][4t..4t+3], a[1] = A[group+8][4t..], a[2] = A[group][4t+16..], a[3] =
+//       A[group+8][4t+16..]
 //               b[0] = B[4t..4t+3][group], b[1] = B[4t+16..4t+19][group]                (lowest k in the lowest byte)
 //       The order in which the hardware adds the products of a float mma is not specified, and its intermediate sums
 //       may be truncated; the emulator adds exact products to d in fp32, k ascending.
@@ -138,34 +139,34 @@ LUTGEMM_PTX void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-#define LUTGEMM_LDMATRIX(suffix, qualifier)                                                                    \
-  LUTGEMM_PTX void ldmatrix_x1##suffix(uint32_t (&r)[1], const void* row) {                                    \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1" qualifier ".shared.b16 {%0}, [%1];"                           \
-                 : "=r"(r[0])                                                                                  \
-                 : "r"(shared_address(row))                                                                    \
-                 : "memory");                                                                                  \
-  }                                                                                                            \
-  LUTGEMM_PTX void ldmatrix_x2##suffix(uint32_t (&r)[2], const void* row) {                                    \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2" qualifier ".shared.b16 {%0, %1}, [%2];"                       \
-                 : "=r"(r[0]), "=r"(r[1])                                                                      \
-                 : "r"(shared_address(row))                                                                    \
-                 : "memory");                                                                                  \
-  }                                                                                                            \
-  LUTGEMM_PTX void ldmatrix_x4##suffix(uint32_t (&r)[4], const void* row) {                                    \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4" qualifier ".shared.b16 {%0, %1, %2, %3}, [%4];"               \
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                              \
-                 : "r"(shared_address(row))                                                                    \
-                 : "memory");                                                                                  \
+#define LUTGEMM_LDMATRIX(suffix, qualifier)                                                      \
+  LUTGEMM_PTX void ldmatrix_x1##suffix(uint32_t (&r)[1], const void* row) {                      \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1" qualifier ".shared.b16 {%0}, [%1];"             \
+                 : "=r"(r[0])                                                                    \
+                 : "r"(shared_address(row))                                                      \
+                 : "memory");                                                                    \
+  }                                                                                              \
+  LUTGEMM_PTX void ldmatrix_x2##suffix(uint32_t (&r)[2], const void* row) {                      \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" qualifier ".shared.b16 {%0, %1}, [%2];"         \
+                 : "=r"(r[0]), "=r"(r[1])                                                        \
+                 : "r"(shared_address(row))                                                      \
+                 : "memory");                                                                    \
+  }                                                                                              \
+  LUTGEMM_PTX void ldmatrix_x4##suffix(uint32_t (&r)[4], const void* row) {                      \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" qualifier ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                \
+                 : "r"(shared_address(row))                                                      \
+                 : "memory");                                                                    \
   }
 LUTGEMM_LDMATRIX(, "")
 LUTGEMM_LDMATRIX(_trans, ".trans")
 #undef LUTGEMM_LDMATRIX
 
-#define LUTGEMM_MMA(name, type, constraint, instruction)                                                            \
-  LUTGEMM_PTX void name(type (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                             \
-    asm("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"          \
-        : constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3])                                    \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                        \
+#define LUTGEMM_MMA(name, type, constraint, instruction)                                                   \
+  LUTGEMM_PTX void name(type(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                     \
+    asm("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3])                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                               \
   }
 LUTGEMM_MMA(mma_f16, float, "+f", "m16n8k16.row.col.f32.f16.f16.f32")
 LUTGEMM_MMA(mma_bf16, float, "+f", "m16n8k16.row.col.f32.bf16.bf16.f32")

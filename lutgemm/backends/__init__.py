@@ -11,13 +11,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..accuracy import AUTO, EXACT
 from ..errors import ArgumentError, BackendError
+
+if TYPE_CHECKING:
+    from ..formats import BCQWeight, CodebookWeight
+    from .prepared import Ready
 
 
 class Problem(NamedTuple):
@@ -65,14 +69,18 @@ class Backend:
     choose: Callable[[Problem], str]
     bcq_linear: Kernel
     codebook_linear: Kernel
+    bcq_ready: Callable[[BCQWeight, str, int], Ready | None] = lambda *_: None
+    """(weight, algorithm, accuracy) of a call of `bcq_linear` just made -> how to make it again without its ways round;
+    None where there is no shorter way"""
+    codebook_ready: Callable[[CodebookWeight, str, int], Ready | None] = lambda *_: None
     misconfigured: Callable[[], Reason | None] = lambda: None
     """why a setting of the user's for this backend cannot be obeyed: an error for "auto" too, on its device types"""
 
 
 def _registry() -> dict[str, Backend]:
-    from . import cpu, reference
+    from . import cpu, cuda, reference
 
-    return {backend.name: backend for backend in (cpu.BACKEND, reference.BACKEND)}
+    return {backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, reference.BACKEND)}
 
 
 @lru_cache(maxsize=1)
@@ -120,7 +128,9 @@ def select(problem: Problem, backend: str = AUTO, algorithm: str = AUTO, isa: in
         reason = _refusal(candidate, problem, algorithm)
         if reason is None:
             if refusals and candidate.name == "reference":
-                _warn_slow(next(iter(refusals.items())))
+                meant = [name for name in refusals if problem.device in known[name].device_types]
+                name = meant[0] if meant else next(iter(refusals))
+                _warn_slow((name, refusals[name]))
             return candidate, candidate.choose(problem) if algorithm == AUTO else algorithm
         refusals[candidate.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache
@@ -19,14 +19,15 @@ from torch import Tensor
 from .. import _native
 from ..accuracy import EXACT, NEAR_EXACT
 from ..errors import ArgumentError
-from ..formats import BCQWeight
+from ..formats import BCQWeight, CodebookWeight
 from . import Backend, Problem, Reason, prepared, tuned
-from .heuristics import choose_on_cpu
+from .heuristics import choose_on_cpu, tiled_tokens
+from .prepared import Ready
 
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("scalar", "neon") if ARM else ("scalar", "avx2", "avx512", "avx512vbmi")
 """By the number that kernels know them by; each includes the ones before it. avx2: with FMA and F16C. avx512: F, BW, DQ
-and VL. avx512vbmi: also VBMI and GFNI."""
+and VL. avx512vbmi: also VBMI, VNNI and GFNI."""
 
 ISA_VARIABLE = "LUTGEMM_CPU_ISA"
 
@@ -37,6 +38,7 @@ fit in a cache were 5 times faster than ones of 32 MiB, whose pages the system h
 CODEBOOK_KIND = "blocks"
 
 _forced_isa: ContextVar[int | None] = ContextVar("lutgemm_cpu_isa", default=None)
+_always_tiles: ContextVar[bool] = ContextVar("lutgemm_cpu_tiles", default=False)
 
 
 @cache
@@ -156,9 +158,31 @@ def integer_tables(problem: Problem) -> bool:
     return name == "avx512vbmi" and problem.accuracy != EXACT and problem.codebook_bits <= 8
 
 
+def has_tiles(op: str, accuracy: int) -> bool:
+    """Whether `dequantize` can multiply tiles of integers in cache from here: AVX-512 VBMI, up to "accurate"."""
+    return op == "bcq_linear" and accuracy < NEAR_EXACT and ISAS[_isa()] == "avx512vbmi"
+
+
+@contextmanager
+def always_tiles() -> Iterator[None]:
+    """Have `dequantize` multiply tiles in this block (and thread) wherever `has_tiles`, whatever the thresholds say."""
+    token = _always_tiles.set(True)
+    try:
+        yield
+    finally:
+        _always_tiles.reset(token)
+
+
+def _multiplies_tiles(tokens: int, bits: int, dtype: torch.dtype, accuracy: int) -> bool:
+    if not has_tiles("bcq_linear", accuracy):
+        return False
+    rows = tuned.rows(isa(), torch.get_num_threads())
+    return _always_tiles.get() or tokens <= tiled_tokens("bcq_linear", bits, dtype, rows)[1]
+
+
 def _choose(problem: Problem) -> str:
     rows = tuned.rows(isa(), torch.get_num_threads())
-    return choose_on_cpu(problem, integer_tables(problem), rows)
+    return choose_on_cpu(problem, integer_tables(problem), rows, has_tiles(problem.op, problem.accuracy))
 
 
 def _bcq_packed(tensors: BcqTensors, in_features: int, group_size: int, scale_kind: str, kind: str) -> Tensor:
@@ -172,37 +196,25 @@ def _bcq_packed(tensors: BcqTensors, in_features: int, group_size: int, scale_ki
     return packed
 
 
-def _stacked_rows(tensors: Sequence[Tensor | None], dim: int) -> Tensor | None:
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(given, dim) if given else None
+def prepare_bcq(weight: BCQWeight, accuracy: int) -> None:
+    """Have the layout of `weight` for the look-up kernels of that accuracy, as a call would."""
+    t = weight.tensors
+    tensors = (weight.codes, weight.scales, t.get("offsets"), t.get("zeros"), t.get("ratios"))
+    _bcq_packed(tensors, weight.shape[1], weight.group_size, weight.scale_kind, _packed_kind(_isa(), accuracy))
 
 
-def bcq_linear_stacked(
-    x: Tensor, weights: Sequence[BCQWeight], biases: Sequence[Tensor | None], algorithm: str, accuracy: int
-) -> Tensor:
-    """x `[M, K]` times all rows of several weights of one K and layout, without ratios: `[M, sum of N]`.
-
-    biases: one of each weight, or None of all. A row's result is what it is in a call of its own.
-    """
-    isa, first = _isa(), weights[0]
-    kind, uniform = _packed_kind(isa, accuracy), first.scale_kind == "uniform"
-    tensors = (*(t for w in weights for t in (w.codes, w.scales, w.offsets, w.zeros)), *biases)
-    given = (uniform, first.offsets is None, biases[0] is None)
-    parameters = ("stacked", len(weights), first.shape[1], first.group_size, *given)
-    packed = prepared.find(tensors, parameters, kind)
-    if packed is None:
-        state = prepared.state_of(tensors)
-        codes, scales = torch.cat([w.codes for w in weights], 1), torch.cat([w.scales for w in weights], 1)
-        offsets = _stacked_rows([w.offsets for w in weights], 0)
-        zeros = _stacked_rows([w.zeros for w in weights], 0)
-        record = (codes, scales, offsets, zeros, first.shape[1], first.group_size, uniform)
-        packed = _op("_bcq_pack_cpu")(*record, kind != "words", kind == "bytes")
-        prepared.keep(tensors, parameters, state, kind, packed)
-    bias = None if biases[0] is None else prepared.find(tensors, parameters, "bias")
-    if bias is None and (bias := _stacked_rows(biases, 0)) is not None:
-        prepared.keep(tensors, parameters, prepared.state_of(tensors), "bias", bias)
-    out_features = sum(weight.shape[0] for weight in weights)
-    return _op("_bcq_linear_cpu")(x.contiguous(), packed, bias, out_features, algorithm == "biqgemm", isa, accuracy)
+def _bcq_ready(weight: BCQWeight, algorithm: str, accuracy: int) -> Ready | None:
+    """`_bcq_linear_cpu` for calls such as the one that was just made."""
+    if algorithm == "dequantize":
+        return None
+    isa, t = _isa(), weight.tensors
+    tensors = (weight.codes, weight.scales, t.get("offsets"), t.get("zeros"), t.get("ratios"))
+    entry = prepared.entry_of(tensors, (weight.shape[1], weight.group_size, weight.scale_kind, tensors[2] is None))
+    kind = _packed_kind(isa, accuracy)
+    if entry is None or kind not in entry.layouts:
+        return None
+    tail = (weight.shape[0], algorithm == "biqgemm", isa, accuracy)
+    return Ready(_op("_bcq_linear_cpu"), t, entry, kind, tail)
 
 
 def _codebook_packed(tensors: tuple[Tensor, Tensor, Tensor], in_features: int, group_size: int) -> Tensor:
@@ -214,6 +226,18 @@ def _codebook_packed(tensors: tuple[Tensor, Tensor, Tensor], in_features: int, g
         packed = _op("_codebook_pack_cpu")(*(t.contiguous() for t in tensors), *parameters)
         prepared.keep(tensors, parameters, state, CODEBOOK_KIND, packed)
     return packed
+
+
+def _codebook_ready(weight: CodebookWeight, algorithm: str, accuracy: int) -> Ready | None:
+    """`_codebook_linear_cpu` for calls such as the one that was just made."""
+    tensors = (weight.codes, weight.codebooks, weight.scales)
+    if algorithm == "dequantize" or not all([tensor.is_contiguous() for tensor in tensors]):  # noqa: C419 (faster)
+        return None
+    entry = prepared.entry_of(tensors, (weight.shape[1], weight.group_size))
+    if entry is None or CODEBOOK_KIND not in entry.layouts:
+        return None
+    tail = (weight.group_size, _isa(), accuracy)
+    return Ready(_op("_codebook_linear_cpu"), weight.tensors, entry, CODEBOOK_KIND, tail)
 
 
 def _dequantized_linear(x: Tensor, out_features: int, bias: Tensor | None, rows: Callable[..., Tensor]) -> Tensor:
@@ -248,15 +272,18 @@ def _bcq_linear(
 ) -> Tensor:
     x, isa, out_features, in_features = x.contiguous(), _isa(), codes.shape[1], x.shape[-1]
     bias = None if bias is None else bias.contiguous()
+    tensors = (codes, scales, offsets, zeros, ratios)
     if algorithm == "dequantize":
-        record = _bcq_tensors(codes, scales, offsets, zeros, ratios, in_features, group_size, scale_kind)
+        if _multiplies_tiles(x.numel() // in_features, codes.shape[0], x.dtype, accuracy):
+            packed = _bcq_packed(tensors, in_features, group_size, scale_kind, _packed_kind(isa, accuracy))
+            return _op("_bcq_tile_gemm_cpu")(x, packed, bias, out_features)
+        record = _bcq_tensors(*tensors, in_features, group_size, scale_kind)
 
         def rows(begin: int, end: int, dtype: torch.dtype) -> Tensor:
             return _op("_bcq_dequantize_cpu")(*record, begin, end, dtype, isa)
 
         return _dequantized_linear(x, out_features, bias, rows)
-    kind = _packed_kind(isa, accuracy)
-    packed = _bcq_packed((codes, scales, offsets, zeros, ratios), in_features, group_size, scale_kind, kind)
+    packed = _bcq_packed(tensors, in_features, group_size, scale_kind, _packed_kind(isa, accuracy))
     return _op("_bcq_linear_cpu")(x, packed, bias, out_features, algorithm == "biqgemm", isa, accuracy)
 
 
@@ -292,5 +319,7 @@ BACKEND = Backend(
     choose=_choose,
     bcq_linear=_bcq_linear,
     codebook_linear=_codebook_linear,
+    bcq_ready=_bcq_ready,
+    codebook_ready=_codebook_ready,
     misconfigured=_misconfigured,
 )

@@ -23,6 +23,10 @@ class Threshold:
 
     max_tokens is for fp32 and fp16 activations, max_tokens_bf16 for bf16, which torch multiplies several times faster.
     Both are the M where the two lines of time against M cross.
+
+    Rows of "dequantize" are about its two ways, where the CPU has both: up to so many tokens tiles of integers that are
+    multiplied in cache were faster, beyond them panels that torch multiplies. From `min_tokens` on tiles were also
+    faster than look-ups. They hold for costs above the row before, not for all below their own.
     """
 
     op: str
@@ -34,6 +38,8 @@ class Threshold:
     """The row is for kernels of integer tables (accuracy below "exact", AVX-512; measured with VBMI)."""
     device: str = CPU_DEVICE
     date: str = CPU_DATE
+    min_tokens: int = 0
+    """Only of rows of "dequantize"."""
 
 
 CPU_THRESHOLDS = (
@@ -49,6 +55,10 @@ CPU_THRESHOLDS = (
     Threshold("bcq_linear", "biqgemm", 4, NO_CROSSING, 320, integer_tables=True),
     Threshold("bcq_linear", "biqgemm", 6, NO_CROSSING, 86, integer_tables=True),
     Threshold("bcq_linear", "biqgemm", 8, 328, 60, integer_tables=True),
+    Threshold("bcq_linear", "dequantize", 3, NO_CROSSING, 900, integer_tables=True, min_tokens=NO_CROSSING),
+    Threshold("bcq_linear", "dequantize", 4, NO_CROSSING, 900, integer_tables=True, min_tokens=64),
+    Threshold("bcq_linear", "dequantize", 6, NO_CROSSING, 700, integer_tables=True, min_tokens=16),
+    Threshold("bcq_linear", "dequantize", 8, NO_CROSSING, 600, integer_tables=True, min_tokens=9),
     Threshold("codebook_linear", "codegemm", 1, NO_CROSSING, NO_CROSSING),
     Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, 160),
     Threshold("codebook_linear", "codegemm", 4, 175, 50),
@@ -74,14 +84,35 @@ def look_up_cost(problem: Problem) -> float:
     return 8 * problem.planes / problem.vec_len * 2.0 ** (max(0, problem.codebook_bits - 8) / 2)
 
 
-def choose_on_cpu(problem: Problem, integer_tables: bool = False, rows: tuple[Threshold, ...] = CPU_THRESHOLDS) -> str:
+def tiled_tokens(op: str, cost: float, dtype: torch.dtype, rows: tuple[Threshold, ...]) -> tuple[int, int]:
+    """From and up to how many tokens tiles are multiplied in cache: from where they beat look-ups, to where panels do.
+
+    (`NO_CROSSING`, 0): never.
+    """
+    for row in rows:
+        if (row.op, row.algorithm) == (op, "dequantize") and cost <= row.max_cost:
+            return row.min_tokens, row.max_tokens_bf16 if dtype == torch.bfloat16 else row.max_tokens
+    return NO_CROSSING, 0
+
+
+def choose_on_cpu(
+    problem: Problem,
+    integer_tables: bool = False,
+    rows: tuple[Threshold, ...] = CPU_THRESHOLDS,
+    tiles: bool = False,
+) -> str:
     """The algorithm of the first of `rows` that `problem` fits, or "dequantize".
 
-    integer_tables: whether the look-up kernels for it are those of integer tables.
+    integer_tables: whether the look-up kernels for it are those of integer tables. tiles: whether "dequantize" can
+    multiply tiles in cache.
     """
     cost = look_up_cost(problem)
+    if tiles:
+        first, last = tiled_tokens(problem.op, cost, problem.dtype, rows)
+        if first <= problem.M <= last:
+            return "dequantize"
     for row in rows:
-        if row.op != problem.op or row.integer_tables != integer_tables:
+        if row.op != problem.op or row.integer_tables != integer_tables or row.algorithm == "dequantize":
             continue
         tokens = row.max_tokens_bf16 if problem.dtype == torch.bfloat16 else row.max_tokens
         if cost <= row.max_cost and tokens >= problem.M:

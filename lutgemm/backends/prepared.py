@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -33,8 +33,11 @@ Place = tuple[int, Parameters]
 codes but have scales (codebooks) of their own, so that hardly ever more than one entry lies in a place."""
 
 
-class _Entry:
-    """The layouts of some tensors by their kind, and the state of the tensors when they were made."""
+class Entry:
+    """The layouts of some tensors by their kind, and the state of the tensors when they were made.
+
+    Of an entry that was dropped `layouts` is empty: whoever holds one keeps no layout alive.
+    """
 
     __slots__ = ("layouts", "own", "state", "watched")
 
@@ -57,11 +60,11 @@ def _ids(state: State) -> Ids:
     return tuple((place, own) for place, own, _, _ in state)
 
 
-_entries: dict[Place, list[_Entry]] = {}
+_entries: dict[Place, list[Entry]] = {}
 """An id in a state is never that of a later tensor: the entry goes with the first of its tensors to go."""
 
 
-def _take_out(place: Place, own: Ids, entries: dict[Place, list[_Entry]] = _entries) -> None:
+def _take_out(place: Place, own: Ids, entries: dict[Place, list[Entry]] = _entries) -> None:
     """Drop the entry of these tensors. A default keeps the table within reach when the interpreter shuts down.
 
     Lists are changed in place, one entry at a time: what another thread puts in meanwhile may be lost, and is then made
@@ -71,20 +74,64 @@ def _take_out(place: Place, own: Ids, entries: dict[Place, list[_Entry]] = _entr
     for entry in [entry for entry in there if entry.own == own]:
         with suppress(ValueError):
             there.remove(entry)
+        entry.layouts.clear()
     if not there:
         entries.pop(place, None)
 
 
-def find(tensors: Tensors, parameters: Parameters, kind: str) -> Tensor | None:
-    """The layout of that kind, if one was kept of these tensors as they are now. In every call: less than 1 us."""
+def entry_of(tensors: Tensors, parameters: Parameters) -> Entry | None:
+    """What was kept of these tensors as they are now. Less than 1 us."""
     for entry in _entries.get((id(tensors[1]), parameters), ()):
         for place, own, version, address in entry.state:
             tensor: Any = tensors[place]
             if id(tensor) != own or tensor._version != version or tensor.data_ptr() != address:
                 break
         else:
-            return entry.layouts.get(kind)
+            return entry
     return None
+
+
+def find(tensors: Tensors, parameters: Parameters, kind: str) -> Tensor | None:
+    """The layout of that kind, if one was kept of these tensors as they are now."""
+    entry = entry_of(tensors, parameters)
+    return None if entry is None else entry.layouts.get(kind)
+
+
+class Ready:
+    """A call that has been made, ready to be made again: an operator, the layout it reads and its last arguments.
+
+    It holds none of the record's tensors, and no layout that `prepared` has dropped.
+    """
+
+    __slots__ = ("floats", "integers", "kind", "layouts", "operator", "tail")
+
+    def __init__(
+        self, operator: Callable[..., Any], record: dict[str, Tensor], entry: Entry, kind: str, tail: tuple[Any, ...]
+    ) -> None:
+        """record: has the tensors that the entry was made from, and may have others."""
+        self.operator = operator
+        names = {id(tensor): name for name, tensor in record.items()}
+        state = [(names[own], own, version, address) for _, own, version, address in entry.state]
+        self.floats = tuple([(name, *rest) for name, *rest in state if record[name].is_floating_point()])
+        self.integers = tuple([(name, *rest) for name, *rest in state if not record[name].is_floating_point()])
+        self.layouts = entry.layouts
+        self.kind = kind
+        self.tail = tail
+
+    def layout(self, floats: Mapping[str, Any], integers: Mapping[str, Any]) -> Tensor | None:
+        """The layout, if these hold the tensors that it was made from, unchanged. In every call: 0.5 us.
+
+        floats, integers: a record's tensors, twice, or the parameters and the buffers of a layer.
+        """
+        for name, own, version, address in self.floats:
+            tensor = floats.get(name)
+            if id(tensor) != own or tensor._version != version or tensor.data_ptr() != address:
+                return None
+        for name, own, version, address in self.integers:
+            tensor = integers.get(name)
+            if id(tensor) != own or tensor._version != version or tensor.data_ptr() != address:
+                return None
+        return self.layouts.get(self.kind)
 
 
 def state_of(tensors: Tensors) -> State | None:
@@ -106,12 +153,12 @@ def keep(tensors: Tensors, parameters: Parameters, state: State | None, kind: st
             entry.layouts[kind] = layout
             return
     _take_out(place, _ids(state))
-    entry = _Entry(place, tensors, state)
+    entry = Entry(place, tensors, state)
     entry.layouts[kind] = layout
     _entries.setdefault(place, []).append(entry)
 
 
-def _made_from(tensors: Iterable[Tensor]) -> list[tuple[Place, _Entry]]:
+def _made_from(tensors: Iterable[Tensor]) -> list[tuple[Place, Entry]]:
     """The entries with any of these tensors, and their places."""
     wanted = set(map(id, tensors))
     found = [(place, entry) for place, entries in list(_entries.items()) for entry in entries]

@@ -62,6 +62,7 @@ def row_to_json(row: Threshold) -> dict[str, Any]:
         "max_cost": row.max_cost,
         "max_tokens": None if row.max_tokens == NO_CROSSING else row.max_tokens,
         "max_tokens_bf16": None if row.max_tokens_bf16 == NO_CROSSING else row.max_tokens_bf16,
+        "min_tokens": None if row.min_tokens == NO_CROSSING else row.min_tokens,
     }
 
 
@@ -147,7 +148,7 @@ def _row(row: Any, device: str, date: str) -> Threshold:
     if not isinstance(integer, bool):
         raise _Unbelievable(f"integer_tables={str(integer)[:40]} is neither true nor false")
     tokens = (_tokens(row, "max_tokens"), _tokens(row, "max_tokens_bf16"))
-    return Threshold(op, algorithm, cost, *tokens, integer, device, date)
+    return Threshold(op, algorithm, cost, *tokens, integer, device, date, _tokens(row, "min_tokens"))
 
 
 def entry_from_json(entry: Mapping[str, Any], path: Path) -> Entry:

@@ -1,6 +1,8 @@
-"""`bit_planes`: BCQ on int8 tensor cores (`csrc/cuda/bit_planes.cuh`).
+"""BCQ on tensor cores, two kernels of one layout.
 
-Exact integer sums of codes and activations; activations are rounded to steps of max |x| / 32258 of each 128 columns.
+`bit_planes` (`csrc/cuda/bit_planes.cuh`), few tokens: exact integer sums of codes and activations, which are rounded to
+steps of max |x| / 32258 of each 128 columns. `dequant_gemm` (`csrc/cuda/dequant_gemm.cu`), more tokens: W and x in
+fp16, scaled by powers of two per row and token, sums in fp32.
 """
 
 from __future__ import annotations
@@ -81,8 +83,26 @@ def _slots(record: BcqRecord) -> Tensor:
     return (scales if offsets is None else torch.cat([scales, offsets.unsqueeze(0)])).to(dtype)
 
 
-def layout(record: BcqRecord) -> tuple[Tensor]:
-    """packed int32 `[ceil(N/16), ceil(K/128), unit]`; a unit is what bit_planes.cuh draws: codes, then scales."""
+HALF_RANGE = 8
+"""`dequant_gemm` brings the largest |W| of a row to 2**7 .. 2**8: far from fp16's limits on both sides."""
+
+
+def _row_scales(record: BcqRecord, rows: int) -> Tensor:
+    """fp32 `[rows]`, powers of two: the largest |W| of a row over it is about 2**8; 1 for rows past N."""
+    if record.zeros is not None:
+        zeros = record.zeros.to(torch.float32)
+        largest = record.scales[0].to(torch.float32).abs() * torch.maximum(zeros.abs(), 2**record.bits - 1 - zeros)
+    else:
+        largest = record.plane_scales().to(torch.float32).abs().sum(0)
+        if (offsets := record.plane_offsets()) is not None:
+            largest = largest + offsets.to(torch.float32).abs()
+    exponent = torch.frexp(largest.amax(1)).exponent - HALF_RANGE
+    scales = torch.ldexp(torch.ones_like(largest[:, 0]), exponent.clamp(-100, 100))
+    return pad(scales, (0, rows - len(scales)), value=1.0)
+
+
+def layout(record: BcqRecord) -> tuple[Tensor, Tensor]:
+    """packed int32 `[ceil(N/16), ceil(K/128), unit]`, and `_row_scales`. A unit is what bit_planes.cuh draws."""
     bits, n, k = record.bits, record.out_features, record.in_features
     tiles, chunks, steps = -(-n // TILE_ROWS), -(-k // CHUNK), steps_of(record)
     words = pad(record.codes, (0, chunks * 4 - record.codes.shape[2], 0, tiles * TILE_ROWS - n))
@@ -98,20 +118,37 @@ def layout(record: BcqRecord) -> tuple[Tensor]:
     spread = pad(slots, (0, 0, 0, tiles * TILE_ROWS - n))[:, :, group]
     # [slot, tile, row / 8, g, chunk, step] -> [tile, chunk, step, slot, g, row / 8]
     ordered = spread.view(-1, tiles, 2, 8, chunks, steps).permute(1, 4, 5, 0, 3, 2).reshape(tiles, chunks, -1)
-    return (torch.cat([codes, ordered.contiguous().view(torch.int32)], 2),)
+    packed = torch.cat([codes, ordered.contiguous().view(torch.int32)], 2)
+    return packed, _row_scales(record, tiles * TILE_ROWS)
 
 
-def _run(ops: Ops, x: Tensor, record: BcqRecord, bias: Tensor | None, accuracy: int) -> Tensor:
-    (packed,) = kept_layout(record, "cuda bit_planes", lambda: layout(record))
+def _made(record: BcqRecord) -> tuple[Tensor, ...]:
+    return kept_layout(record, "cuda planes", lambda: layout(record))
+
+
+def _described(record: BcqRecord) -> tuple[int | bool, ...]:
+    """What the operators are told of a layout: N, K, bits, merged, wide, has_offsets, steps."""
     shape = (record.out_features, record.in_features, record.bits)
-    kind = (record.zeros is not None, wide(record), record.offsets is not None, steps_of(record))
-    return ops("_bcq_bit_planes_cuda")(x, packed, bias, *shape, *kind)
+    return (*shape, record.zeros is not None, wide(record), record.offsets is not None, steps_of(record))
+
+
+def _bit_planes(ops: Ops, x: Tensor, record: BcqRecord, bias: Tensor | None, accuracy: int) -> Tensor:
+    packed, _ = _made(record)
+    return ops("_bcq_bit_planes_cuda")(x, packed, bias, *_described(record))
+
+
+def _dequant_gemm(ops: Ops, x: Tensor, record: BcqRecord, bias: Tensor | None, accuracy: int) -> Tensor:
+    packed, row_scales = _made(record)
+    return ops("_bcq_dequant_gemm_cuda")(x, packed, row_scales, bias, *_described(record))
 
 
 def _unsupported(problem: Problem) -> str | None:
     if problem.accuracy > MOST_ACCURATE:
-        return f"it rounds activations to 15 bits, which is not {ACCURACIES[problem.accuracy]!r}"
+        return f"it rounds activations or weights by more than {ACCURACIES[problem.accuracy]!r} allows"
     return None
 
 
-ALGORITHMS = (Algorithm("bcq_linear", "bit_planes", _run, _unsupported),)
+ALGORITHMS = (
+    Algorithm("bcq_linear", "bit_planes", _bit_planes, _unsupported),
+    Algorithm("bcq_linear", "dequant_gemm", _dequant_gemm, _unsupported),
+)

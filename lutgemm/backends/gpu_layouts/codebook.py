@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...accuracy import EXACT
+from ...accuracy import EXACT, NEAR_EXACT
+from .. import Problem, Reason
 from . import Algorithm, CodebookRecord, Layout, Ops, kept_layout
 
 UNIT_COLUMNS = 4
 TILE_UNITS = 32
 CHUNK_ROWS = 32
+MMA_ROWS = 32
 BYTE_BITS = 8
 """Codes up to this many bits are bytes in all layouts."""
 
@@ -67,22 +69,32 @@ def codegemm_codes(record: CodebookRecord) -> Layout:
     return codes.clone(memory_format=torch.contiguous_format), codebooks
 
 
+def _as_fp16(scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp32 values, of a tensor of `dtype`, as fp16 and their unit, a power of two: 1 for what was fp16.
+
+    What was bf16 loses nothing down to 2**-29 of the largest value, and below that at most 2**-40 of it.
+    """
+    unit = torch.ones((), device=scales.device)
+    if dtype == torch.float16:
+        return scales.to(dtype), unit
+    exponent = torch.frexp(scales.abs().max()).exponent.clamp(min=-100) - 15
+    return torch.ldexp(scales, -exponent).to(torch.float16), torch.ldexp(unit, exponent)
+
+
 def codegemm_scales(record: CodebookRecord, exact: bool) -> Layout:
     """scales [G, rows] and norms [num_codebooks + 1].
 
-    norms: the largest Euclidean norm of each codebook's centroids, a little more than that to outlast rounding; then a
-    unit, which is 1 for exact scales in fp32. Others are fp16, in units of a power of two unless stored so: bf16 scales
-    lose nothing down to 2**-29 of the largest, and below it at most 2**-40 of that.
+    norms: the largest Euclidean norm of each codebook's centroids, a little more than that to outlast rounding; then
+    the unit of the scales (`_as_fp16`), which is 1 for exact ones in fp32.
     """
     scales = record.scales.to(torch.float32)
     unit = torch.ones((), device=scales.device)
-    if not exact and record.scales.dtype != torch.float16:
-        exponent = torch.frexp(scales.abs().max()).exponent.clamp(min=-100) - 15
-        unit = torch.ldexp(unit, exponent)
-        scales = torch.ldexp(scales, -exponent)
-    scales = pad(scales.T, (0, -scales.shape[0] % CHUNK_ROWS)).to(torch.float32 if exact else torch.float16)
+    if not exact:
+        scales, unit = _as_fp16(scales, record.scales.dtype)
+    scales = pad(scales.T, (0, -scales.shape[0] % CHUNK_ROWS))
     norms = record.codebooks.to(torch.float64).square().sum(2).amax(1).sqrt() * (1 + 2**-20)
-    return scales.clone(memory_format=torch.contiguous_format), torch.cat([norms.to(torch.float32), unit.view(1)])
+    norms = torch.cat([norms.to(torch.float32), unit.view(1)])
+    return scales.clone(memory_format=torch.contiguous_format), norms
 
 
 def _codegemm(ops: Ops, x: Tensor, record: CodebookRecord, bias: Tensor | None, accuracy: int) -> Tensor:
@@ -95,4 +107,93 @@ def _codegemm(ops: Ops, x: Tensor, record: CodebookRecord, bias: Tensor | None, 
     return ops("_codebook_codegemm_cuda")(x, codes, scales, codebooks, norms, bias, *shape, accuracy)
 
 
-ALGORITHMS = (Algorithm("codebook_linear", "codegemm", _codegemm),)
+def mma_terms(codebook_dtype: torch.dtype, dtype: torch.dtype, accuracy: int) -> int:
+    """How many tables of x's dtype stand for a codebook, their sum being its values.
+
+    One is exact where the dtypes are the same, and for bf16 values as fp16 (`_as_fp16`). Elsewhere it rounds as
+    `dequantize` does, which is too coarse above "accurate". With two, an fp16 value is exact as bf16, an fp32 value has
+    an error of 2**-24 as fp16 (as if rounded to fp32 once more) and of 2**-18 as bf16; with three of 2**-27.
+    """
+    same = codebook_dtype == dtype or (codebook_dtype, dtype) == (torch.bfloat16, torch.float16)
+    if same or accuracy < NEAR_EXACT:
+        return 1
+    return 3 if accuracy == EXACT and codebook_dtype == torch.float32 and dtype == torch.bfloat16 else 2
+
+
+def mma_tables(record: CodebookRecord, dtype: torch.dtype, terms: int) -> Layout:
+    """tables [terms * num_codebooks, entries, vec_len] of `dtype`, and their unit [1], 1 but for fp16 of others."""
+    values = record.codebooks.to(torch.float32)
+    unit = torch.ones((), device=values.device)
+    if dtype == torch.float16:
+        _, unit = _as_fp16(values, record.codebooks.dtype)
+        values = values / unit
+    parts = []
+    for _ in range(terms):
+        parts.append(values.to(dtype))
+        values = values - parts[-1].to(torch.float32)
+    return torch.cat(parts).contiguous(), unit.view(1)
+
+
+def mma_codes(record: CodebookRecord, terms: int) -> Layout:
+    """The codes as `codebook_mma` reads them, each codebook's `terms` times.
+
+    A step is 4 lanes times max(vec_len, 4) inputs of one group; groups are filled up to whole steps. Lane 4 * r + t of
+    a warp has the codes of lane t's inputs of the rows r and r + 8 of 16. An item is one code: term, then codebook,
+    then slice (two of vec_len 2); the items of a step are filled up to a power of two.
+
+        uint8 [N / 16, even][chunks][8 r][4 t][8 items][rows r, r + 8]     16 bytes a lane
+    """
+    rows, width = record.out_features, _group_vectors(record)
+    slots = max(1, 4 // record.codebooks.shape[2])
+    codes = _by_groups(record)
+    groups, num_codebooks = codes.shape[1], codes.shape[3]
+    codes = pad(codes, (0, 0, 0, -width % (4 * slots))).reshape(rows, groups, -1, 4, slots, num_codebooks)
+    last = (record.codes.shape[2] - 1) % width + 1
+    steps = (groups - 1) * codes.shape[2] + -(-last // (4 * slots))
+    codes = codes.flatten(1, 2)[:, :steps].permute(0, 2, 1, 4, 3).repeat(1, 1, 1, terms, 1).flatten(3)
+    items = 1 << (codes.shape[3] - 1).bit_length()
+    codes = pad(codes, (0, items - codes.shape[3])).flatten(2)
+    codes = pad(codes, (0, -codes.shape[2] % max(items, 8), 0, 0, 0, -rows % MMA_ROWS))
+    codes = codes.reshape(-1, 2, 8, 4, codes.shape[2] // 8, 8).permute(0, 4, 2, 3, 5, 1)
+    return (codes.clone(memory_format=torch.contiguous_format).flatten(2, 3),)
+
+
+def mma_scales(record: CodebookRecord, exact: bool) -> Layout:
+    """scales [tiles of 32 rows, G, 4 t, 4 f, 2 i], of row 8 * f + 2 * t + i, and their unit [1]."""
+    scales = record.scales.to(torch.float32)
+    unit = torch.ones((), device=scales.device)
+    if not exact:
+        scales, unit = _as_fp16(scales, record.scales.dtype)
+    scales = pad(scales, (0, 0, 0, -scales.shape[0] % MMA_ROWS))
+    scales = scales.view(-1, 4, 4, 2, scales.shape[1]).permute(0, 4, 2, 1, 3)
+    return scales.clone(memory_format=torch.contiguous_format), unit.view(1)
+
+
+def _codebook_mma(ops: Ops, x: Tensor, record: CodebookRecord, bias: Tensor | None, accuracy: int) -> Tensor:
+    terms = mma_terms(record.codebooks.dtype, x.dtype, accuracy)
+    exact = record.scales.dtype == torch.float32 or (record.scales.dtype == torch.bfloat16 and accuracy == EXACT)
+    (codes,) = kept_layout(record, f"cuda codebook_mma codes {terms}", lambda: mma_codes(record, terms))
+    kind = f"cuda codebook_mma {'fp32' if exact else 'fp16'}"
+    scales, scale_unit = kept_layout(record, kind, lambda: mma_scales(record, exact))
+
+    def tables_and_units() -> Layout:
+        tables, unit = mma_tables(record, x.dtype, terms)
+        return tables, torch.cat([unit, scale_unit])
+
+    tables, units = kept_layout(record, f"{kind} {x.dtype} {terms}", tables_and_units)
+    shape = (record.out_features, record.group_size)
+    return ops("_codebook_codebook_mma_cuda")(x, codes, scales, tables, units, bias, *shape)
+
+
+def _mma_unsupported(problem: Problem) -> Reason | None:
+    if problem.dtype == torch.float32:
+        return "it multiplies in fp16 or bf16, and x is float32"
+    if problem.codebook_bits > BYTE_BITS:
+        return f"it takes up to {BYTE_BITS} codebook_bits, and the weight has {problem.codebook_bits}"
+    return None
+
+
+ALGORITHMS = (
+    Algorithm("codebook_linear", "codegemm", _codegemm),
+    Algorithm("codebook_linear", "codebook_mma", _codebook_mma, _mma_unsupported),
+)

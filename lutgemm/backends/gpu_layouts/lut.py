@@ -12,7 +12,8 @@ Both read one layout (`csrc/cuda/lut.h` says what kernels rely on):
     quad 1          rows 4 5 6 7    ...
 
 Scales are kept as fp16 where that is exact, if need be after a multiplication by a power of two, which `unit` undoes:
-so are fp16 scales always, bf16 ones unless their range is extreme, and those of the uniform kind.
+so are fp16 scales always, and bf16 ones unless their range is extreme. The uniform kind has the terms s / 2 and
+2 * ((2**bits - 1) / 2 - zero) if both are exact in fp16; else it is kept in the free form, in fp32.
 """
 
 from __future__ import annotations
@@ -64,41 +65,44 @@ def tiled_scales(terms: Tensor, in_features: int, group_size: int) -> Tensor:
     return padded[:, :, groups].unflatten(1, (-1, TILE_ROWS)).permute(1, 3, 0, 4, 2).contiguous()
 
 
-def narrowed(terms: Tensor, shifted: int) -> tuple[Tensor, float]:
-    """fp32 terms -> (terms, unit): fp16 if that is exact, else fp32. The first `shifted` terms are divided by the unit."""
-
-    def divided(exponent: int) -> Tensor:
-        return torch.cat((torch.ldexp(terms[:shifted], torch.tensor(exponent)), terms[shifted:]))
-
+def narrowed(terms: Tensor, shifted: int) -> tuple[Tensor, float] | None:
+    """fp32 terms -> (fp16 terms, unit) where that is exact, else None. The first `shifted` are divided by the unit."""
     largest = float(terms[:shifted].abs().max())
     for exponent in (0, LARGEST_EXPONENT - math.frexp(largest)[1]):
         if abs(exponent) <= 100:
-            wide = divided(exponent)
+            wide = torch.cat((terms[:shifted] * 2.0**exponent, terms[shifted:]))
             narrow = wide.to(torch.float16)
             if bool((narrow.to(torch.float32) == wide).all()):
                 return narrow, 2.0**-exponent
-    return terms, 1.0
+    return None
+
+
+def _terms(record: BcqRecord) -> tuple[Tensor, float]:
+    """(scales and offsets as kernels take them `[terms, N, G]`, unit)."""
+    if record.zeros is not None:
+        center = 2 * uniform_center(record.zeros, record.bits)
+        found = narrowed(torch.stack((record.scales[0].to(torch.float32) / 2, center)), 1)
+        if found is not None:
+            return found
+    terms, offsets = record.plane_scales().to(torch.float32), record.plane_offsets()
+    if offsets is not None:
+        terms = torch.cat((terms, offsets[None].to(torch.float32)))
+    return (terms, 1.0) if record.zeros is not None else narrowed(terms, len(terms)) or (terms, 1.0)
 
 
 def layout(record: BcqRecord) -> tuple[Tensor, ...]:
     """(codes, scales, unit) of this module's docstring."""
-    if record.zeros is not None:
-        center = 2 * uniform_center(record.zeros, record.bits)
-        terms, shifted = torch.stack((record.scales[0].to(torch.float32) / 2, center)), 1
-    else:
-        scales, offsets = record.plane_scales().to(torch.float32), record.plane_offsets()
-        terms = scales if offsets is None else torch.cat((scales, offsets[None].to(torch.float32)))
-        shifted = len(terms)
-    terms, unit = narrowed(terms, shifted)
+    terms, unit = _terms(record)
     scales = tiled_scales(terms, record.in_features, record.group_size)
     return tiled_codes(record.codes), scales, torch.full((1,), unit, dtype=torch.float32, device=scales.device)
 
 
 def _runner(operator: str) -> Callable[[Ops, Tensor, BcqRecord, Tensor | None, int], Tensor]:
     def run(ops: Ops, x: Tensor, record: BcqRecord, bias: Tensor | None, accuracy: int) -> Tensor:
-        kept = kept_layout(record, "cuda lut", lambda: layout(record))
-        shape = (record.out_features, record.group_size, record.scale_kind == "uniform")
-        return ops(operator)(x, *kept, bias, *shape, accuracy)
+        codes, scales, unit = kept_layout(record, "cuda lut", lambda: layout(record))
+        uniform = record.scale_kind == "uniform" and scales.dtype == torch.float16
+        shape = (record.out_features, record.group_size, uniform)
+        return ops(operator)(x, codes, scales, unit, bias, *shape, accuracy)
 
     return run
 

@@ -1,0 +1,112 @@
+// Kernels for codebook weights on the GPU: every check that keeps them inside the tensors of their layouts, which
+// lutgemm/backends/gpu_layouts/codebook.py makes.
+#include "bind_cuda.h"
+#include "cuda/codebook_mma.h"
+#include "cuda/codegemm.h"
+
+namespace lutgemm::cuda {
+namespace {
+
+// codebooks [num_codebooks, 2^codebook_bits, vec_len]; returns codebook_bits.
+int check_codebooks(const Tensor& codebooks, int64_t most_codebooks, int64_t most_bits, int64_t K, int64_t group_size,
+                    const Tensor& x) {
+  check_tensor(codebooks, "codebooks", {-1, -1, -1}, x);
+  const int64_t entries = codebooks.size(1), vec_len = codebooks.size(2);
+  check_range("K", K, 1, kMaxFeatures);
+  check_range("group_size", group_size, 1, kMaxFeatures);
+  check_range("codebooks.shape[0] (num_codebooks)", codebooks.size(0), 1, most_codebooks);
+  check(vec_len == 2 || vec_len == 4 || vec_len == 8 || vec_len == 16, "codebooks: vec_len=", vec_len,
+        ": must be 2, 4, 8 or 16");
+  check(entries >= 2 && entries <= int64_t(1) << most_bits && (entries & (entries - 1)) == 0, "codebooks: ", entries,
+        " centroids: must be a power of two from 2 to ", int64_t(1) << most_bits);
+  check(group_size % vec_len == 0 || group_size >= K, "group_size=", group_size,
+        ": must be a multiple of vec_len=", vec_len, " or at least K=", K);
+  int bits = 0;
+  while ((int64_t(1) << bits) < entries) ++bits;
+  return bits;
+}
+
+Tensor codegemm_op(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& codebooks,
+                   const Tensor& norms, const std::optional<Tensor>& bias, int64_t N, int64_t group_size,
+                   int64_t accuracy) {
+  const Call call(x);
+  check(x.dim() == 2, "x: got shape ", shape_text(x), ", expected [M, K]");
+  check_range("N", N, 1, kMaxFeatures);
+  const int64_t K = x.size(1);
+  CodegemmProblem p{};
+  p.codebook_bits = check_codebooks(codebooks, 4, 12, K, group_size, x);
+  p.num_codebooks = int(codebooks.size(0)), p.vec_len = int(codebooks.size(2)), p.group_size = group_size;
+  p.accuracy = requested_accuracy(accuracy);
+  const CodegemmUnits units = codegemm_units(K, group_size, p.num_codebooks, p.vec_len);
+  const int64_t rows = round_up(N, kChunkRows);
+  if (p.codebook_bits > 8) {
+    check_tensor(codes, "codes", {units.units, rows, kUnitColumns}, ScalarType::Short, x);
+  } else {
+    check_tensor(codes, "codes", {ceil_div(units.units, 32), rows / 4, 32, 4, kUnitColumns}, ScalarType::Byte, x);
+  }
+  p.float_scales = scales.scalar_type() == ScalarType::Float;
+  check(p.float_scales || p.codebook_bits <= 8, "scales: codes of more than 8 bits take fp32 scales");
+  check_tensor(scales, "scales", {units.groups, rows}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
+  check_tensor(codebooks, "codebooks", {-1, -1, -1}, ScalarType::Float, x);
+  check_tensor(norms, "norms", {p.num_codebooks + 1}, ScalarType::Float, x);
+  p.codes = codes.const_data_ptr();
+  p.scales = scales.const_data_ptr();
+  p.codebooks = static_cast<const float*>(codebooks.const_data_ptr());
+  p.norms = static_cast<const float*>(norms.const_data_ptr());
+  Tensor y;
+  p.io = make_io(x, bias, y, N, K);
+  if (p.io.M == 0) return y;
+  const Workspace workspace(codegemm_workspace(p, call.gpu), x);
+  p.workspace = workspace.data;
+  codegemm(p, call.gpu);
+  return y;
+}
+
+Tensor codebook_mma_op(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& tables,
+                       const Tensor& units, const std::optional<Tensor>& bias, int64_t N, int64_t group_size) {
+  const Call call(x);
+  check(x.dim() == 2, "x: got shape ", shape_text(x), ", expected [M, K]");
+  check(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
+        "x: must be float16 or bfloat16");
+  check_range("N", N, 1, kMaxFeatures);
+  const int64_t K = x.size(1);
+  CodebookMmaProblem p{};
+  p.codebook_bits = check_codebooks(tables, 12, 8, K, group_size, x);
+  p.planes = int(tables.size(0)), p.vec_len = int(tables.size(2)), p.group_size = group_size;
+  const MmaSteps steps = mma_steps(K, group_size, p.planes, p.vec_len);
+  const int64_t tiles = ceil_div(N, kMmaTileRows);
+  check_tensor(codes, "codes", {2 * tiles, steps.chunks, 32, kChunkItems, 2}, ScalarType::Byte, x);
+  p.float_scales = scales.scalar_type() == ScalarType::Float;
+  check_tensor(scales, "scales", {tiles, steps.groups, 4, 4, 2}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
+  check_tensor(tables, "tables", {-1, -1, -1}, x.scalar_type(), x);
+  check_tensor(units, "units", {2}, ScalarType::Float, x);
+  p.codes = codes.const_data_ptr();
+  p.scales = scales.const_data_ptr();
+  p.tables = tables.const_data_ptr();
+  p.units = static_cast<const float*>(units.const_data_ptr());
+  Tensor y;
+  p.io = make_io(x, bias, y, N, K);
+  if (p.io.M == 0) return y;
+  const Workspace workspace(codebook_mma_workspace(p, call.gpu), x);
+  p.workspace = workspace.data;
+  codebook_mma(p, call.gpu);
+  return y;
+}
+
+}  // namespace
+
+LUTGEMM_GPU_OPS(m) {
+  m.def(
+      "_codebook_codegemm_cuda(Tensor x, Tensor codes, Tensor scales, Tensor codebooks, Tensor norms, Tensor? bias, "
+      "int N, int group_size, int accuracy) -> Tensor");
+  m.def(
+      "_codebook_codebook_mma_cuda(Tensor x, Tensor codes, Tensor scales, Tensor tables, Tensor units, Tensor? bias, "
+      "int N, int group_size) -> Tensor");
+}
+
+LUTGEMM_GPU_IMPL(m) {
+  m.impl("_codebook_codegemm_cuda", TORCH_BOX(&codegemm_op));
+  m.impl("_codebook_codebook_mma_cuda", TORCH_BOX(&codebook_mma_op));
+}
+
+}  // namespace lutgemm::cuda

@@ -1,0 +1,245 @@
+"""The operators that start the kernels: grids, workspaces, arguments. torch.compile sees through them (`triton_op`).
+
+Arguments are those of `torch.ops.lutgemm.bcq_linear` and `codebook_linear`, contiguous and checked by the caller;
+config is a `Config`. x is `[M, K]` with M >= 1; results are of x's dtype. Nothing is written that is not returned, no
+kernel uses atomics. Multiplications and additions may be fused (Triton's default, `enable_fp_fusion=True`): that only
+takes roundings away, and `dequantize.py` has none to fuse.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from .biqgemm import biqgemm_kernel
+from .codegemm import codegemm_kernel, psumbook_kernel
+from .config import Config, Task, num_steps, power_of_two, split_evenly
+from .dequant_gemm import bcq_dequant_gemm_kernel, codebook_dequant_gemm_kernel
+from .dequantize import bcq_dequantize_kernel, codebook_dequantize_kernel
+from .lut_gemm import lut_gemm_kernel
+from .reduce import reduce_kernel
+
+SCALE_KINDS = ("free", "uniform", "ratio")
+WORD = 32
+REDUCE_BLOCK = 1024
+PSUMBOOK_BYTES = 64 << 20
+"""Most bytes of Psumbook at a time: further tokens wait for those before them."""
+INTERPRETED = not hasattr(reduce_kernel, "warmup")
+PSUMBOOK_TILE, DEQUANTIZE_TILE = (1 << 18, 1 << 16) if INTERPRETED else (2048, 4096)
+"""Elements of a tile: 16 and 32 a thread. The interpreter is faster with few large ones."""
+DEQUANTIZE_WIDTH = 256
+"""Elements of a row in a tile of `dequantize`, at most."""
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton`, which not every torch lets take an interpreted kernel."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def group_units(in_features: int, group_size: int, unit: int) -> int:
+    """Units of a group; of the row where one group holds all of it."""
+    return -(-min(group_size, in_features) // unit)
+
+
+def _num_groups(in_features: int, group_size: int) -> int:
+    return -(-in_features // group_size)
+
+
+def _out(x: Tensor, rows: int, parts: int) -> Tensor:
+    """Where a kernel writes: y itself, or a workspace of fp32 parts of it."""
+    if parts == 1:
+        return x.new_empty(x.shape[0], rows)
+    return x.new_empty(parts, x.shape[0], rows, dtype=torch.float32)
+
+
+def _dequantize_tile(w: Tensor, unit: int, units: int) -> tuple[int, int]:
+    """(rows, units) of a tile."""
+    wide = DEQUANTIZE_TILE if INTERPRETED else DEQUANTIZE_WIDTH
+    block_u = min(wide // unit, power_of_two(units))
+    return max(1, min(DEQUANTIZE_TILE // (block_u * unit), power_of_two(w.shape[0]))), block_u
+
+
+def _sum_parts(x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+    """The second kernel, where there are parts."""
+    if out.ndim == 2:
+        return out
+    y = x.new_empty(out.shape[1:])
+    grid = (-(-y.numel() // REDUCE_BLOCK),)
+    wrap_triton(reduce_kernel)[grid](
+        out, out if bias is None else bias, y, y.numel(), y.shape[1], out.shape[0],
+        HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@triton_op("lutgemm::_triton_bcq_linear", mutates_args=())
+def bcq_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    zeros: Tensor | None,
+    ratios: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    scale_kind: str,
+    algorithm: str,
+    config: list[int],
+) -> Tensor:
+    """`lut_gemm`, `biqgemm` or `dequant_gemm` of a BCQ weight."""
+    cut = Config(*config)
+    (m, k), (bits, n, words) = x.shape, codes.shape
+    units = group_units(k, group_size, WORD)
+    steps = num_steps(Task(algorithm, m, n, k, bits, WORD, units, x.element_size()), cut)
+    parts, steps_per_split = split_evenly(steps, cut.splits)
+    m_blocks, n_blocks = -(-m // cut.block_m), -(-n // cut.block_n)
+    out = _out(x, n, steps if algorithm == "biqgemm" else parts)
+    # An absent tensor is never read; any other stands in for its address.
+    tensors = (
+        codes,
+        scales,
+        scales if offsets is None else offsets,
+        scales if zeros is None else zeros,
+        scales if ratios is None else ratios,
+        x if bias is None else bias,
+    )
+    sizes = (m, n, k, words, _num_groups(k, group_size))
+    kind = {
+        "BITS": bits, "KIND": SCALE_KINDS.index(scale_kind), "HAS_OFFSETS": offsets is not None,
+        "HAS_BIAS": bias is not None, "PARTIAL": out.ndim == 3, "GROUP_UNITS": units,
+    }  # fmt: skip
+    if algorithm == "lut_gemm":
+        wrap_triton(lut_gemm_kernel)[(m_blocks * n_blocks, parts)](
+            x, *tensors, out, *sizes, steps, steps_per_split, **kind,
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, CHUNK=cut.chunk, CHUNKS=cut.chunks, STAGES=cut.num_stages,
+            num_warps=cut.num_warps,
+        )  # fmt: skip
+    elif algorithm == "biqgemm":
+        row_parts, blocks_per_program = split_evenly(n_blocks, cut.splits)
+        wrap_triton(biqgemm_kernel)[(steps, m_blocks * row_parts)](
+            x, *tensors, out, *sizes, n_blocks, blocks_per_program, **kind,
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, CHUNK=cut.chunk, CHUNKS=cut.chunks, STAGES=cut.num_stages,
+            num_warps=cut.num_warps,
+        )  # fmt: skip
+    else:
+        wrap_triton(bcq_dequant_gemm_kernel)[(m_blocks * n_blocks, parts)](
+            x, *tensors, out, *sizes, steps, steps_per_split, **kind,
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_U=cut.chunk, STAGES=cut.num_stages,
+            num_warps=cut.num_warps,
+        )  # fmt: skip
+    return _sum_parts(x, out, bias)
+
+
+def _codegemm(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, cut: Config
+) -> Tensor:
+    """`codegemm` of so many tokens that their Psumbook fits."""
+    (m, k), (books, n, vectors), (_, entries, vec_len) = x.shape, codes.shape, codebooks.shape
+    units = group_units(k, group_size, vec_len)
+    steps = num_steps(Task("codegemm", m, n, k, books, vec_len, units, x.element_size(), entries), cut)
+    parts, steps_per_split = split_evenly(steps, cut.splits)
+    block_e = min(entries, 256)
+    block_j = min(PSUMBOOK_TILE // block_e, power_of_two(vectors))
+    block_m = min(max(1, PSUMBOOK_TILE // (block_e * block_j)), power_of_two(m))
+    psums = x.new_empty(m, books, vectors, entries, dtype=torch.float32)
+    wrap_triton(psumbook_kernel)[(-(-vectors // block_j), books, -(-m // block_m) * (entries // block_e))](
+        x, codebooks, psums, m, k, vectors, entries // block_e,
+        BOOKS=books, ENTRIES=entries, VEC_LEN=vec_len, BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_E=block_e,
+        num_warps=4,
+    )  # fmt: skip
+    out = _out(x, n, parts)
+    wrap_triton(codegemm_kernel)[(-(-m // cut.block_m) * -(-n // cut.block_n), parts)](
+        psums, codes, scales, x if bias is None else bias, out,
+        m, n, vectors, _num_groups(k, group_size), steps, steps_per_split,
+        BOOKS=books, ENTRIES=entries, HAS_BIAS=bias is not None, PARTIAL=out.ndim == 3, GROUP_UNITS=units,
+        BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, CHUNK=cut.chunk, CHUNKS=cut.chunks, STAGES=cut.num_stages,
+        num_warps=cut.num_warps,
+    )  # fmt: skip
+    return _sum_parts(x, out, bias)
+
+
+@triton_op("lutgemm::_triton_codebook_linear", mutates_args=())
+def codebook_linear(
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    algorithm: str,
+    config: list[int],
+) -> Tensor:
+    """`codegemm` or `dequant_gemm` of a codebook weight."""
+    cut = Config(*config)
+    (m, k), (books, n, vectors), (_, entries, vec_len) = x.shape, codes.shape, codebooks.shape
+    if algorithm == "codegemm":
+        tokens = max(1, PSUMBOOK_BYTES // (4 * books * vectors * entries))
+        if m <= tokens:
+            return _codegemm(x, codes, codebooks, scales, bias, group_size, cut)
+        slabs = [x[at : at + tokens] for at in range(0, m, tokens)]
+        return torch.cat([_codegemm(slab, codes, codebooks, scales, bias, group_size, cut) for slab in slabs])
+    units = group_units(k, group_size, vec_len)
+    steps = num_steps(Task(algorithm, m, n, k, books, vec_len, units, x.element_size()), cut)
+    parts, steps_per_split = split_evenly(steps, cut.splits)
+    out = _out(x, n, parts)
+    wrap_triton(codebook_dequant_gemm_kernel)[(-(-m // cut.block_m) * -(-n // cut.block_n), parts)](
+        x, codes, codebooks, scales, x if bias is None else bias, out,
+        m, n, k, vectors, _num_groups(k, group_size), steps, steps_per_split,
+        BOOKS=books, ENTRIES=entries, VEC_LEN=vec_len, HAS_BIAS=bias is not None, PARTIAL=out.ndim == 3,
+        GROUP_UNITS=units, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_U=cut.chunk, STAGES=cut.num_stages,
+        num_warps=cut.num_warps,
+    )  # fmt: skip
+    return _sum_parts(x, out, bias)
+
+
+@triton_op("lutgemm::_triton_bcq_dequantize", mutates_args=())
+def bcq_dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    zeros: Tensor | None,
+    ratios: Tensor | None,
+    in_features: int,
+    group_size: int,
+    scale_kind: str,
+    row_begin: int,
+    row_end: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows row_begin .. row_end of W: `[rows, K]` of dtype."""
+    bits, n, words = codes.shape
+    w = scales.new_empty(row_end - row_begin, in_features, dtype=dtype)
+    rows, block_u = _dequantize_tile(w, WORD, words)
+    wrap_triton(bcq_dequantize_kernel)[(-(-w.shape[0] // rows), -(-words // block_u))](
+        codes, scales, scales if offsets is None else offsets, scales if zeros is None else zeros,
+        scales if ratios is None else ratios, w,
+        n, in_features, words, _num_groups(in_features, group_size), row_begin, row_end,
+        BITS=bits, KIND=SCALE_KINDS.index(scale_kind), HAS_OFFSETS=offsets is not None,
+        GROUP_UNITS=group_units(in_features, group_size, WORD), BLOCK_N=rows, BLOCK_U=block_u, num_warps=4,
+    )  # fmt: skip
+    return w
+
+
+@triton_op("lutgemm::_triton_codebook_dequantize", mutates_args=())
+def codebook_dequantize(
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    in_features: int,
+    group_size: int,
+    row_begin: int,
+    row_end: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows row_begin .. row_end of W: `[rows, K]` of dtype."""
+    (books, n, vectors), (_, entries, vec_len) = codes.shape, codebooks.shape
+    w = scales.new_empty(row_end - row_begin, in_features, dtype=dtype)
+    rows, block_u = _dequantize_tile(w, vec_len, vectors)
+    wrap_triton(codebook_dequantize_kernel)[(-(-w.shape[0] // rows), -(-vectors // block_u))](
+        codes, codebooks, scales, w,
+        n, in_features, vectors, _num_groups(in_features, group_size), row_begin, row_end,
+        BOOKS=books, ENTRIES=entries, VEC_LEN=vec_len, GROUP_UNITS=group_units(in_features, group_size, vec_len),
+        BLOCK_N=rows, BLOCK_U=block_u, num_warps=4,
+    )  # fmt: skip
+    return w

@@ -1,0 +1,283 @@
+"""What nvcc makes of every kernel: registers, spills, stack, shared memory, instructions; and the budget of all that.
+
+    python tests/cuda_budget.py [lut_gemm.cu ...]             show what the kernels use, and what is over budget
+    python tests/cuda_budget.py --update [lut_gemm.cu ...]    write it to csrc/cuda/budget.json
+
+budget.json: source -> kernel -> {"sass": instructions that it must contain, on every architecture, and
+arch: {"registers": most, "shared": most bytes of static shared memory, "sass": the same for this architecture}}.
+An update leaves "sass" as it is. Registers are rounded up to 8, by which the hardware hands them out. Spills, stack,
+local memory and atomics on global memory are allowed to none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+BUDGET = ROOT / "csrc" / "cuda" / "budget.json"
+CACHE = ROOT / "build" / "cubin"
+ARCHS = ("80", "90a")
+REGISTER_UNIT = 8
+
+NEVER = {
+    "LDL": "local memory is read",
+    "STL": "local memory is written",
+    "RED": "global memory is changed by a reduction: its order is not fixed",
+    "ATOMG": "global memory is changed by an atomic operation: its order is not fixed",
+}
+"""Instruction -> what is wrong with it."""
+
+
+@dataclass
+class Kernel:
+    """One kernel for one architecture."""
+
+    registers: int = 0
+    shared: int = 0
+    spills: int = 0
+    stack: int = 0
+    seconds: float = 0.0
+    """of CPU time that its source took to compile"""
+    sass: list[str] = field(default_factory=list)
+    """names of its instructions with their modifiers; empty where there is no disassembler"""
+
+
+@cache
+def build() -> dict[str, Any]:
+    """setup.py's names: how the package is built is stated there."""
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_of_lutgemm")
+
+
+@cache
+def nvcc() -> tuple[str, str | None]:
+    """(nvcc, None), or ("", why there is none)."""
+    found, reason = build()["NVCC"], build()["NO_NVCC"]
+    return (found.command, None) if found else ("", reason)
+
+
+@cache
+def disassembler() -> str | None:
+    """nvdisasm: on PATH, in the toolkit, or in the packages that bring it."""
+    found = build()["NVCC"]
+    folders = [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
+    folders += [found.home / "bin"] if found else []
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin"), ("nvidia", "cuda_nvdisasm/bin")):
+        spec = importlib.util.find_spec(package)
+        folders += [Path(place, inside) for place in (spec.submodule_search_locations or ())] if spec else []
+    return next((str(f / "nvdisasm") for f in folders if os.access(f / "nvdisasm", os.X_OK)), None)
+
+
+def kernel_name(demangled: str) -> str:
+    """`void a::b::gather<(int)4, a::Half>(float*)` -> `gather<4, Half>`."""
+    depth, demangled = 0, demangled.replace("(anonymous namespace)::", "")
+    for place, letter in enumerate(demangled):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            demangled = demangled[:place]
+            break
+    return re.sub(r"^void |\([\w:]+\)|(\w+::)+", "", demangled)
+
+
+def demangle(names: Iterable[str]) -> dict[str, str]:
+    """Symbol -> `kernel_name`."""
+    names = list(names)
+    run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return {name: kernel_name(line) for name, line in zip(names, run.stdout.splitlines(), strict=True)}
+
+
+def parse_resources(log: str) -> dict[str, Kernel]:
+    """Symbol -> what ptxas says of it."""
+    kernels: dict[str, Kernel] = {}
+    current = Kernel()
+    for line in log.splitlines():
+        if found := re.search(r"Function properties for (\S+)", line):
+            current = kernels.setdefault(found[1], Kernel())
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            current.stack, current.spills = int(found[1]), int(found[2]) + int(found[3])
+        elif found := re.search(r"Used (\d+) registers", line):
+            current.registers = int(found[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            current.shared = int(shared[1]) if shared else 0
+    return {name: kernel for name, kernel in kernels.items() if kernel.registers}
+
+
+def parse_sass(text: str) -> dict[str, list[str]]:
+    """Symbol -> the names of its instructions."""
+    kernels: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in text.splitlines():
+        if found := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line):
+            current = kernels.setdefault(found[1], [])
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            current.append(found[1])
+    return kernels
+
+
+def with_headers(source: Path) -> list[Path]:
+    """The source and the project's headers that it includes."""
+    found, left = set(), [source]
+    while left:
+        file = left.pop()
+        if file in found or not file.is_file():
+            continue
+        found.add(file)
+        left += [ROOT / "csrc" / name for name in re.findall(r'^#include "(.+)"', file.read_text("utf-8"), re.M)]
+    return sorted(found)
+
+
+def key(source: Path, arch: str, flags: list[str]) -> str:
+    """Of all that a cubin is made from."""
+    digest = hashlib.sha256(json.dumps([arch, flags, build()["NVCC"].version, disassembler()]).encode())
+    for file in with_headers(source):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run_nvcc(command: list[str]) -> tuple[int, str, float]:
+    """Its status, what it says, and the CPU seconds that it took."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, text, used.ru_utime + used.ru_stime
+
+
+def compile_source(source: Path, arch: str) -> dict[str, Kernel]:
+    """Kernel name -> what it uses. Raises `RuntimeError` with nvcc's output. Results are kept in build/cubin."""
+    flags = [flag for flag in build()["NVCC_FLAGS"] if not flag.startswith("-Icsrc")]
+    kept = CACHE / f"{source.stem}-{arch}-{key(source, arch, flags)}.json"
+    if kept.is_file():
+        return {name: Kernel(**facts) for name, facts in json.loads(kept.read_text("utf-8")).items()}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    cubin = kept.with_suffix(f".{os.getpid()}.cubin")
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = [nvcc()[0], *flags, f"-I{ROOT / 'csrc'}", target, "--resource-usage", "-cubin", "-o", cubin, source]
+    status, log, seconds = run_nvcc([str(word) for word in command])
+    if status:
+        raise RuntimeError(f"nvcc for sm_{arch} refuses {source.name}:\n{log}"[:4000])
+    kernels = parse_resources(log)
+    for kernel in kernels.values():
+        kernel.seconds = round(seconds, 1)
+    if tool := disassembler():
+        text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        sass = parse_sass(text)
+        for name, kernel in kernels.items():
+            kernel.sass = sorted(set(sass.get(name, ())))
+    cubin.unlink()
+    names = demangle(kernels)
+    found = {names[name]: kernel for name, kernel in kernels.items()}
+    if len(found) < len(kernels):
+        raise RuntimeError(f"{source.name}: two kernels share a name: {sorted(names.values())}")
+    for stale in CACHE.glob(f"{source.stem}-{arch}-*.json"):
+        stale.unlink(missing_ok=True)
+    partial = kept.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({name: vars(kernel) for name, kernel in found.items()}), "utf-8")
+    partial.replace(kept)
+    return found
+
+
+def has(sass: list[str], wanted: str) -> bool:
+    """Whether an instruction is there by its name and modifiers: `LDG.128` is in `LDG.E.NA.128.CONSTANT`."""
+    name, *modifiers = wanted.split(".")
+    return any(i.split(".")[0] == name and set(modifiers) <= set(i.split(".")[1:]) for i in sass)
+
+
+def faults(kernel: Kernel, arch: str, allowed: dict[str, Any] | None) -> list[str]:
+    """What is wrong with it, in words; `allowed` is its entry of the budget."""
+    found = []
+    if kernel.spills or kernel.stack:
+        found.append(f"{kernel.spills} bytes of spills, {kernel.stack} bytes of stack; both must be 0")
+    found += [f"{name}: {text}" for name, text in NEVER.items() if has(kernel.sass, name)]
+    if allowed is None or arch not in allowed:
+        return [*found, "it is not in csrc/cuda/budget.json; run python tests/cuda_budget.py --update"]
+    most = allowed[arch]
+    if kernel.registers > most["registers"]:
+        found.append(f"{kernel.registers} registers, the budget has {most['registers']}")
+    if kernel.shared > most["shared"]:
+        found.append(f"{kernel.shared} bytes of shared memory, the budget has {most['shared']}")
+    if kernel.sass:
+        wanted = [*allowed.get("sass", ()), *most.get("sass", ())]
+        found += [f"no {name} among its instructions" for name in wanted if not has(kernel.sass, name)]
+    return found
+
+
+def read_budget() -> dict[str, dict[str, dict[str, Any]]]:
+    """source -> kernel -> entry."""
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(BUDGET.read_text("utf-8")) if BUDGET.is_file() else {}
+    return found
+
+
+def updated(old: dict[str, dict[str, Any]], measured: dict[str, dict[str, Kernel]]) -> dict[str, dict[str, Any]]:
+    """The entries of a source by what was measured (arch -> kernel -> numbers), and by the instructions asked for."""
+    entries: dict[str, dict[str, Any]] = {}
+    for arch, kernels in measured.items():
+        for name, kernel in sorted(kernels.items()):
+            before = old.get(name, {})
+            entry = entries.setdefault(name, {"sass": before.get("sass", [])})
+            registers = -(-kernel.registers // REGISTER_UNIT) * REGISTER_UNIT
+            entry[arch] = {"registers": registers, "shared": kernel.shared}
+            if wanted := before.get(arch, {}).get("sass"):
+                entry[arch]["sass"] = wanted
+    return dict(sorted(entries.items()))
+
+
+def write_budget(budget: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """One line a kernel and architecture, so that a diff shows what changed."""
+    text = json.dumps(dict(sorted(budget.items())), indent=1)
+    text = re.sub(r'\{\s+"registers": (\d+),\s+"shared": (\d+)', r'{"registers": \1, "shared": \2', text)
+    text = re.sub(r"\n\s+\}", lambda found: found[0], text)
+    text = re.sub(r'("shared": \d+)\s+\}', r"\1}", text)
+    text = re.sub(r'\[\s*((?:"[^"]*",?\s*)*)\]', lambda found: f"[{' '.join(found[1].split())}]", text)
+    partial = BUDGET.with_suffix(".partial")
+    partial.write_text(text + "\n", "utf-8")
+    partial.replace(BUDGET)
+
+
+def main() -> int:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write csrc/cuda/budget.json")
+    parser.add_argument("sources", nargs="*", help="names in csrc/cuda (default: all)")
+    args = parser.parse_args()
+    if reason := nvcc()[1]:
+        sys.exit(reason)
+    wanted = [source for source in SOURCES if not args.sources or source.name in args.sources]
+    jobs = [(source, arch) for source in wanted for arch in ARCHS]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        results = dict(zip(jobs, pool.map(lambda job: compile_source(*job), jobs), strict=True))
+    budget = read_budget()
+    for source in wanted:
+        measured = {arch: results[source, arch] for arch in ARCHS}
+        if args.update:
+            budget[source.name] = updated(budget.get(source.name, {}), measured)
+        for arch, kernels in measured.items():
+            seconds = max((kernel.seconds for kernel in kernels.values()), default=0.0)
+            print(f"{source.name} sm_{arch}: {seconds} s of CPU time to compile")
+            for name, kernel in sorted(kernels.items()):
+                print(f"  {name}: {kernel.registers} registers, {kernel.shared} bytes shared")
+                for fault in faults(kernel, arch, budget.get(source.name, {}).get(name)):
+                    print(f"    {fault}")
+    if args.update:
+        there = {source.name for source in SOURCES}
+        write_budget({name: entries for name, entries in budget.items() if name in there})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
