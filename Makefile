@@ -15,7 +15,7 @@ DEMO ?=
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml MANIFEST.in \
-  $(shell find lutgemm bench csrc -name '*.py' -o -name '*.md' -o -name '*.cpp' -o -name '*.h')
+  $(shell find lutgemm bench csrc -name '*.py' -o -name '*.md' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test demo lint build clean
 .DELETE_ON_ERROR:
@@ -34,11 +34,12 @@ lint: $(VENV)/.installed-dev
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
-	find csrc -name '*.cpp' -o -name '*.h' | xargs -r "$(BIN)/clang-format" --dry-run -Werror
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r "$(BIN)/clang-format" --dry-run -Werror
 
 # In place, for the Python that has lutgemm installed by `pip install -e . --no-build-isolation`; a failing compile fails.
+# LUTGEMM_BUILD=cuda: with the GPU kernels, whatever torch is.
 build:
-	LUTGEMM_BUILD=cpu $(PYTHON) setup.py build_ext --inplace
+	LUTGEMM_BUILD=$${LUTGEMM_BUILD:-cpu} $(PYTHON) setup.py build_ext --inplace
 
 clean:
 	rm -rf build dist lutgemm.egg-info lutgemm/_C*.so lutgemm/_host*.so lutgemm/_build_info.json

@@ -160,8 +160,11 @@ Tensor bcq_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional
   return y;
 }
 
-// Tiles of W dequantized in cache: errors of the accuracy "accurate".
-Tensor bcq_tile_gemm_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N) {
+// Tiles of W dequantized in cache, with the errors of "fast" or of "accurate".
+Tensor bcq_tile_gemm_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
+                         int64_t accuracy_number) {
+  const Accuracy accuracy = requested_accuracy(accuracy_number);
+  check(accuracy <= Accuracy::kAccurate, "accuracy=", accuracy_number, ": must be 0 (fast) or 1 (accurate)");
   check_tensor(packed, "packed", {-1});
   check(packed.scalar_type() == ScalarType::Byte, "packed: must be uint8");
   PackedBytes weight;
@@ -176,7 +179,7 @@ Tensor bcq_tile_gemm_cpu(const Tensor& x, const Tensor& packed, const std::optio
   // In look-ups of 8 k, several of which take as long as these products of a token.
   const int64_t token_work = 4 * weight.chunk_blocks * kByteRows * weight.slices;
   for (int64_t m = 0; m < io.M; m += kTileTokens) {
-    TileTokensX tokens = make_tile_tokens(weight, m, std::min(io.M - m, kTileTokens));
+    TileTokensX tokens = make_tile_tokens(weight, accuracy, m, std::min(io.M - m, kTileTokens));
     for_ranges(weight.spans, kSpanSlices * 8 * tokens.count,
                [&](int64_t begin, int64_t end) { prepare_tile_spans(weight, io, begin, end, tokens); });
     for_ranges(weight.chunks, token_work * tokens.count,
@@ -214,7 +217,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lutgemm, m) {
       "_bcq_pack_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, bool uniform, "
       "bool bytes, bool folded=True) -> Tensor");
   m.def("_bcq_linear_cpu(Tensor x, Tensor packed, Tensor? bias, int N, bool biqgemm, int isa, int accuracy) -> Tensor");
-  m.def("_bcq_tile_gemm_cpu(Tensor x, Tensor packed, Tensor? bias, int N) -> Tensor");
+  m.def("_bcq_tile_gemm_cpu(Tensor x, Tensor packed, Tensor? bias, int N, int accuracy) -> Tensor");
   m.def(
       "_bcq_dequantize_cpu(Tensor codes, Tensor scales, Tensor? offsets, Tensor? zeros, int K, int group_size, "
       "bool uniform, int row_begin, int row_end, ScalarType dtype, int isa) -> Tensor");

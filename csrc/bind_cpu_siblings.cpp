@@ -20,20 +20,24 @@ template <class Weight>
 using Siblings = std::vector<Sibling<Weight>>;
 
 // f(sibling, begin, end) over the items of all siblings as one range, shared among threads as `for_ranges` does.
-// items(weight): how many a sibling has. lookups: of all of them.
+// items(weight): how many a sibling has. lookups: of all of them. ranges_each: as for `for_ranges`.
 template <class Weight, class Items, class F>
-void for_siblings(const Siblings<Weight>& siblings, int64_t lookups, const Items& items, const F& f) {
+void for_siblings(const Siblings<Weight>& siblings, int64_t lookups, const Items& items, int64_t ranges_each,
+                  const F& f) {
   int64_t total = 0;
   for (const auto& sibling : siblings) total += items(sibling.weight);
-  for_ranges(total, total > 0 ? lookups / total : 0, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;
-    for (const auto& sibling : siblings) {
-      const int64_t count = items(sibling.weight);
-      const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, count);
-      if (from < to) f(sibling, from, to);
-      first += count;
-    }
-  });
+  for_ranges(
+      total, total > 0 ? lookups / total : 0,
+      [&](int64_t begin, int64_t end) {
+        int64_t first = 0;
+        for (const auto& sibling : siblings) {
+          const int64_t count = items(sibling.weight);
+          const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, count);
+          if (from < to) f(sibling, from, to);
+          first += count;
+        }
+      },
+      ranges_each);
 }
 
 template <class Weight>
@@ -42,6 +46,9 @@ int64_t all_lookups(const Siblings<Weight>& siblings, int64_t row) {
   for (const auto& sibling : siblings) lookups += sibling.weight.row_blocks * row * sibling.weight.bits;
   return lookups;
 }
+
+// A chunk is 10 us of work or more, and two in a range leave one thread waiting where there are a dozen in all.
+constexpr int64_t kChunkRanges = 16;
 
 void run(const Siblings<PackedBytes>& siblings, Isa isa, Accuracy accuracy, bool biqgemm) {
   const PackedBytes& first = siblings[0].weight;
@@ -55,7 +62,7 @@ void run(const Siblings<PackedBytes>& siblings, Isa isa, Accuracy accuracy, bool
     for_ranges(first.spans, kSpanSlices * 512 * count,
                [&](int64_t begin, int64_t end) { prepare_spans(first, accuracy, words, io, begin, end, tokens); });
     for_siblings(
-        siblings, lookups * count, [](const PackedBytes& weight) { return weight.chunks; },
+        siblings, lookups * count, [](const PackedBytes& weight) { return weight.chunks; }, kChunkRanges,
         [&](const Sibling<PackedBytes>& s, int64_t begin, int64_t end) {
           words ? biqgemm_chunks(s.weight, s.io, tokens, begin, end)
                 : lut_gemm_chunks(s.weight, accuracy, s.io, tokens, begin, end);
@@ -69,7 +76,7 @@ void run(const Siblings<PackedBcq>& siblings, Isa isa, Accuracy, bool biqgemm) {
   const int64_t lookups = all_lookups(siblings, kRowBlock * first.words * 8);
   const auto row_blocks = [](const PackedBcq& weight) { return weight.row_blocks; };
   if (biqgemm) {
-    for_siblings(siblings, lookups * io.M, row_blocks, [&](const Sibling<PackedBcq>& s, int64_t begin, int64_t end) {
+    for_siblings(siblings, lookups * io.M, row_blocks, 4, [&](const Sibling<PackedBcq>& s, int64_t begin, int64_t end) {
       biqgemm_rows(s.weight, isa, s.io, begin, end);
     });
     return;
@@ -79,7 +86,7 @@ void run(const Siblings<PackedBcq>& siblings, Isa isa, Accuracy, bool biqgemm) {
     for_ranges(first.words, 8 * 16,
                [&](int64_t begin, int64_t end) { prepare_words(first, isa, io, m, begin, end, token); });
     prepare_sums(first, token);
-    for_siblings(siblings, lookups, row_blocks, [&](const Sibling<PackedBcq>& s, int64_t begin, int64_t end) {
+    for_siblings(siblings, lookups, row_blocks, 4, [&](const Sibling<PackedBcq>& s, int64_t begin, int64_t end) {
       lut_gemm_rows(s.weight, isa, s.io, m, token, begin, end);
     });
   }

@@ -67,6 +67,17 @@ Gpu gpu_of(const Tensor& x) {
 
 #endif
 
+// Compute capability of a device as 10 * major + minor. Throws where the CUDA runtime inside this library cannot use
+// it, for a driver older than the toolkit that built the library, say.
+int64_t gpu_capability(int64_t device) {
+#ifdef LUTGEMM_EMULATED
+  check_range("device", device, 0, 0);
+  return emulation::options().architecture;
+#else
+  return device_facts(int(device)).capability;
+#endif
+}
+
 }  // namespace
 
 #ifdef LUTGEMM_EMULATED
@@ -108,6 +119,12 @@ GpuIo make_io(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y, int
   y = empty_like_x({M, N}, scalar_type(dtype), x);
   return GpuIo{M,    N, K, x.const_data_ptr(), stride, bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(),
                dtype};
+}
+
+LUTGEMM_GPU_OPS(m) { m.def("_gpu_capability(int device) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(LUTGEMM_GPU_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("_gpu_capability", TORCH_BOX(&gpu_capability));
 }
 
 }  // namespace lutgemm::cuda

@@ -77,7 +77,8 @@ Tensor codebook_mma_op(const Tensor& x, const Tensor& codes, const Tensor& scale
   const int64_t tiles = ceil_div(N, kMmaTileRows);
   check_tensor(codes, "codes", {2 * tiles, steps.chunks, 32, kChunkItems, 2}, ScalarType::Byte, x);
   p.float_scales = scales.scalar_type() == ScalarType::Float;
-  check_tensor(scales, "scales", {tiles, steps.groups, 4, 4, 2}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
+  check_tensor(scales, "scales", {tiles, steps.groups, 4, 4, 2}, p.float_scales ? ScalarType::Float : ScalarType::Half,
+               x);
   check_tensor(tables, "tables", {-1, -1, -1}, x.scalar_type(), x);
   check_tensor(units, "units", {2}, ScalarType::Float, x);
   p.codes = codes.const_data_ptr();

@@ -14,17 +14,18 @@ void set_weight(LutProblem& p, const Tensor& codes, const Tensor& scales, const 
         ": must be a multiple of 32, or K or more");
   check_tensor(codes, "codes", {tiles, units, -1, kPlaneWords}, ScalarType::Int, x);
   check_range("bits", codes.size(2), 1, 8);
-  check_tensor(scales, "scales", {tiles, units, -1, -1, kTileRows}, x);
+  check_tensor(scales, "scales", {tiles, units, -1, 4, -1, 4}, x);
   const DType scale_dtype = float_dtype(scales, "scales");
   check(scale_dtype != DType::kBFloat16, "scales: must be float16 or float32");
   check(!uniform || scale_dtype == DType::kFloat16, "scales: must be float16 in the uniform form");
   check_tensor(scale_unit, "scale_unit", {1}, ScalarType::Float, x);
-  const int64_t terms = scales.size(2), slots = scales.size(3), planes = codes.size(2);
+  const int64_t terms = scales.size(2), slots = scales.size(4), planes = codes.size(2);
   check(uniform ? terms == 2 : terms == planes || terms == planes + 1, "scales: ", terms, " terms for ", planes,
         " planes");
   for (int64_t unit = 0; unit < units; ++unit) {
     const int64_t first = unit * kUnitInputs, last = std::min(first + kUnitInputs, K) - 1;
-    check(last / group_size - first / group_size < slots, "scales: unit ", unit, " touches more than ", slots, " groups");
+    check(last / group_size - first / group_size < slots, "scales: unit ", unit, " touches more than ", slots,
+          " groups");
   }
   p.codes = static_cast<const uint32_t*>(codes.const_data_ptr());
   p.scales = scales.const_data_ptr();
@@ -51,6 +52,19 @@ Tensor lut_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, co
   return y;
 }
 
+#ifdef LUTGEMM_EMULATED
+// For tests: int64 [row_blocks, tiles_per_block, splits, tables_per_split, token_blocks].
+Tensor plan(const Tensor& x, int64_t N, int64_t bits, int64_t tokens, int64_t entry_bytes, int64_t sm_count) {
+  const LutPlan made =
+      plan_lut(x.size(0), N, x.size(1), int(bits), LutTables{int(tokens), int(entry_bytes)}, int(sm_count));
+  Tensor out = empty_like_x({5}, ScalarType::Long, x);
+  int64_t* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  to[0] = made.row_blocks, to[1] = made.tiles_per_block, to[2] = made.splits, to[3] = made.tables_per_split;
+  to[4] = made.token_blocks;
+  return out;
+}
+#endif
+
 }  // namespace
 
 LUTGEMM_GPU_OPS(m) {
@@ -60,11 +74,17 @@ LUTGEMM_GPU_OPS(m) {
   m.def(
       "_bcq_biqgemm_cuda(Tensor x, Tensor codes, Tensor scales, Tensor scale_unit, Tensor? bias, int N, "
       "int group_size, bool uniform, int accuracy) -> Tensor");
+#ifdef LUTGEMM_EMULATED
+  m.def("_lut_plan(Tensor x, int N, int bits, int tokens, int entry_bytes, int sm_count) -> Tensor");
+#endif
 }
 
 LUTGEMM_GPU_IMPL(m) {
   m.impl("_bcq_lut_gemm_cuda", TORCH_BOX((&lut_linear<lut_gemm_workspace, lut_gemm>)));
   m.impl("_bcq_biqgemm_cuda", TORCH_BOX((&lut_linear<biqgemm_workspace, biqgemm>)));
+#ifdef LUTGEMM_EMULATED
+  m.impl("_lut_plan", TORCH_BOX(&plan));
+#endif
 }
 
 }  // namespace lutgemm::cuda

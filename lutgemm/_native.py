@@ -27,13 +27,15 @@ def _build_reason(name: str) -> str:
 @cache
 def load_ops(name: str = "_C") -> str | None:
     """Load the operator library `lutgemm/<name>*.so`. None when it is there and loads, else the reason."""
+    if name.endswith("_cuda") and torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA; install a CUDA build of torch, then lutgemm again"
     libraries = sorted(_HERE.glob(f"{name}.so")) + sorted(_HERE.glob(f"{name}.*.so"))
     if not libraries:
         return _build_reason(name)
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
-        return f"{libraries[0].name} does not load in torch {torch.__version__}: {error}"
+        return f"{libraries[0].name} does not load in torch {torch.__version__}: {error.__cause__ or error}"
     return None
 
 

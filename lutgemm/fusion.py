@@ -1,29 +1,33 @@
 """One kernel call for sibling layers that read the same activations: the q, k and v of an attention, gate and up.
 
-Siblings keep their tensors, names and modules. The first of them that is called computes the rows of all and hands the
-others their part when they are called with the same activations, so that results are the same bits as apart. It is done
-where nothing can go wrong unseen: eager calls of the compiled CPU kernels without gradients. Under `torch.compile`, in
-training, under autocast and under any mode or transform each layer computes its own, as it does when the activations,
-its tensors or the settings are not those that its part was made from.
+Siblings keep their tensors, names, modules and kernel layouts. The first of them that is called computes all, from one
+set of tables, and hands the others their part when they are called with the same activations, so that results are the
+same bits as apart. It is done where nothing can go wrong unseen: eager calls of the compiled CPU kernels without
+gradients. Under `torch.compile`, in training, under autocast and under any mode or transform each layer computes its
+own, as it does when the activations, its tensors or the settings are not those that its part was made from.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 
-from . import ops
-from .backends import cpu, generation, prepared
+from ._plain import is_plain
+from .accuracy import AUTO
+from .backends import cpu, generation
+from .backends.prepared import Ready
+from .choices import bcq_choice, held_isa
 from .errors import ArgumentError
 from .formats import BCQWeight
+from .ops import ACTIVATION_DTYPES
 
 if TYPE_CHECKING:
-    from .nn import BCQLinear
+    from .nn import BCQLinear, QuantizedLinear
 
 FUSED_GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -42,50 +46,78 @@ REST = 200
 """Calls that a resting group leaves to its layers before it tries again, so that a model which was called in another
 way for a while is fused again; a vain try costs the rows of all siblings, once."""
 
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+OPERATOR = "_bcq_linear_siblings_cpu"
+
+MOST_PLANS = 64
+"""That a group keeps: one for each shape and dtype of activations and each setting."""
 
 
-class _Part(NamedTuple):
-    """What a layer returns, and what that was made from; held, so that no later tensor is taken for one of these."""
-
-    y: Tensor
-    weight: BCQWeight
-    bias: Tensor | None
-    state: list[tuple[int, int]]
+Settings = tuple[str, int, int | None, bool]
+"""What a result depends on, or what kind of tensor it is, beside tensors and what `ops.direct` looks at."""
 
 
-def _state(weight: BCQWeight, bias: Tensor | None) -> list[tuple[int, int]]:
-    """Version and address of each tensor: what changes when one of them is changed."""
-    state = [(tensor._version, tensor.data_ptr()) for tensor in weight.tensors.values()]
-    if bias is not None:
-        state.append((bias._version, bias.data_ptr()))
-    return state
+class _Bits:
+    """What an inference tensor holds: torch does not count its changes."""
+
+    __slots__ = ("address", "copy", "memory", "shape")
+
+    def __init__(self, x: Tensor) -> None:
+        """x: contiguous."""
+        self.shape, self.address = x.shape, x.data_ptr()
+        self.memory = (ctypes.c_char * x.nbytes).from_address(self.address)
+        self.copy = self.memory.raw
+
+    def are_of(self, x: Tensor) -> bool:
+        """Whether x, the same tensor, holds them still. Its memory is there while x has that address."""
+        there = x.data_ptr() == self.address and x.shape == self.shape and x.is_contiguous()
+        return there and self.memory.raw == self.copy
 
 
 class _Pending:
-    """Parts that siblings have not asked for yet, and the activations and settings that they belong to."""
+    """Results that siblings have not asked for yet, and what they were made from."""
 
-    __slots__ = ("kept", "parts", "settings", "version", "x")
+    __slots__ = ("bias_states", "biases", "bits", "left", "plan", "settings", "version", "x", "ys")
 
-    def __init__(self, x: Tensor, parts: dict[int, _Part], settings: tuple[Any, ...]) -> None:
+    def __init__(self, x: Tensor, ys: list[Tensor | None], plan: list[Ready], settings: Settings) -> None:
         self.x = weakref.ref(x)
-        self.parts = parts
+        self.bits = _Bits(x) if x.is_inference() else None
+        self.version = x._version if self.bits is None else 0
+        self.ys = ys
+        self.plan = plan
+        self.left = len(ys) - 1
         self.settings = settings
-        self.kept = x.view(_BITS[x.dtype]).clone() if x.is_inference() else None
-        self.version = x._version if self.kept is None else 0
+        self.biases: list[Tensor | None] | None = None
+        """held, so that no later tensor is taken for one of these"""
+        self.bias_states: list[tuple[int, int] | None] = []
 
-    def belongs_to(self, x: Tensor) -> bool:
-        """Whether x is those activations, unchanged. Inference tensors do not count their changes: bits decide."""
-        if self.x() is not x:
+    def holds(self, layer: QuantizedLinear, place: int, x: Tensor) -> bool:
+        """Whether `layer`, called now, would return what was computed for it."""
+        parameters = layer._parameters
+        bias, biases = parameters["bias"], self.biases
+        if bias is not (None if biases is None else biases[place]):
             return False
-        if self.kept is None:
-            return x._version == self.version
-        return torch.equal(x.view(self.kept.dtype), self.kept)
+        return (
+            self.plan[place].layout(parameters, layer._buffers) is not None
+            and self.settings == (layer.accuracy, generation[0], held_isa(), is_inference_mode_enabled())
+            and is_plain(x)
+            and (bias is None or _state(bias) == self.bias_states[place])
+            and not (is_grad_enabled() and _requires_grad(x, parameters))
+        )
 
 
-def _settings(layer: BCQLinear) -> tuple[Any, ...]:
-    """What a result depends on, or what kind of tensor it is, beside tensors and what `ops.direct` looks at."""
-    return layer.accuracy, cpu._isa(), torch.is_inference_mode_enabled(), generation[0]
+def _state(bias: Tensor | None) -> tuple[int, int] | None:
+    """Version and address: what changes when it is changed."""
+    return None if bias is None else (bias._version, bias.data_ptr())
+
+
+def _requires_grad(x: Tensor, parameters: Mapping[str, Tensor | None]) -> bool:
+    return x.requires_grad or any([t is not None and t.requires_grad for t in parameters.values()])  # noqa: C419 (faster)
+
+
+class _Local(threading.local):
+    """What a thread has computed and not handed out."""
+
+    pending: _Pending | None = None
 
 
 class FusedGroup:
@@ -93,21 +125,24 @@ class FusedGroup:
 
     def __init__(self, layers: Sequence[BCQLinear]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._rows = [layer.out_features for layer in layers]
-        self._local = threading.local()
+        self._plans: dict[tuple[Any, ...], list[Ready]] = {}
+        """How to compute each layer, by what that depends on beside tensors."""
+        self._local = _Local()
         self._misses = 0
         self._rest = 0
-        self._alone_forgotten = False
 
-    def part(self, place: int, x: Tensor) -> Tensor | None:
-        """What the layer at `place` returns for x, or None when it has to compute that itself."""
-        pending: _Pending | None = getattr(self._local, "pending", None)
+    def part(self, layer: QuantizedLinear, place: int, x: Tensor) -> Tensor | None:
+        """What `layer`, which has that place, returns for x, or None when it has to compute that itself."""
+        pending = self._local.pending
         if pending is not None:
-            part = pending.parts.pop(place, None)
-            if part is not None and pending.belongs_to(x):
-                if not pending.parts:
+            ys = pending.ys
+            y, ys[place] = ys[place], None
+            unchanged = y is not None and pending.x() is x
+            if unchanged and (x._version == pending.version if pending.bits is None else pending.bits.are_of(x)):
+                pending.left -= 1
+                if not pending.left:
                     self._local.pending, self._misses = None, 0
-                return part.y if self._holds(place, x, part, pending.settings) else None
+                return y if pending.holds(layer, place, x) else None
             self._local.pending = None
             self._misses += 1
             if self._misses >= MISSES:
@@ -115,83 +150,103 @@ class FusedGroup:
         if self._rest:
             self._rest -= 1
             return None
-        parts = self._compute(x)
-        if parts is None:
+        if not (is_plain(x) and x.is_cpu and x.is_contiguous()):
             return None
-        y = parts.pop(place).y
-        self._local.pending = _Pending(x, parts, _settings(cast("BCQLinear", self._layers[place]())))
+        settings = (layer.accuracy, generation[0], held_isa(), is_inference_mode_enabled())
+        plan = self._plans.get((x.shape, x.dtype, settings))
+        pending = None if plan is None else self._compute(plan, x, settings)
+        if pending is None:  # the first call of that kind, or tensors have changed
+            plan = self._plan(x, settings)
+            pending = None if plan is None else self._compute(plan, x, settings)
+        if pending is None:
+            return None
+        self._local.pending = pending
+        y, pending.ys[place] = pending.ys[place], None
         return y
 
-    def _holds(self, place: int, x: Tensor, part: _Part, settings: tuple[Any, ...]) -> bool:
-        """Whether the layer at `place`, called now, would return that part."""
-        layer = self._layers[place]()
-        if layer is None or settings != _settings(layer):
-            return False
-        weight, bias = cast(BCQWeight, layer.weight_record), layer._parameters["bias"]
-        same = weight is part.weight and bias is part.bias and _state(weight, bias) == part.state
-        return same and ops.direct(x, weight, bias)
-
-    def _compute(self, x: Tensor) -> dict[int, _Part] | None:
-        """The part of every layer by its place, or None when they have to be computed apart."""
-        layers = [layer for reference in self._layers if (layer := reference()) is not None]
-        if len(layers) < len(self._layers):
-            return None
-        weights = [cast(BCQWeight, layer.weight_record) for layer in layers]
-        biases = [layer._parameters["bias"] for layer in layers]
-        k, shape, accuracy = weights[0].shape[1], x.shape, layers[0].accuracy
-        fits = len(shape) and shape[-1] == k and x.dtype in ops.ACTIVATION_DTYPES
-        if not fits or not ops.direct(x, weights[0], biases[0]):
-            return None
-        recording = torch.is_grad_enabled()
-        for layer, weight, bias in zip(layers, weights, biases, strict=True):
-            if layer.accuracy != accuracy or not all([tensor.is_cpu for tensor in weight.tensors.values()]):  # noqa: C419
+    def _compute(self, plan: list[Ready], x: Tensor, settings: Settings) -> _Pending | None:
+        """The results of all layers; None when the plan is out of date, or each has to compute its own."""
+        accuracy, recording = settings[0], is_grad_enabled()
+        layouts: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        biased = False
+        for reference, ready in zip(self._layers, plan):  # noqa: B905 (in every call; a plan is as long)
+            layer = reference()
+            if layer is None or layer.accuracy != accuracy:
                 return None
-            if recording and not ops.direct(x, weight, bias):
+            parameters = layer._parameters
+            layout = ready.layout(parameters, layer._buffers)
+            if layout is None or (recording and _requires_grad(x, parameters)):
                 return None
-            if (bias is None) != (biases[0] is None) or not _fits(bias, weight, x):
-                return None
-        flat = x if len(shape) == 2 else x.reshape(-1, k)
-        choice, *others = [ops.bcq_choice(flat, weight, accuracy=accuracy) for weight in weights]
-        kernel, algorithm, level = choice
-        if others.count(choice) < len(others) or kernel is not cpu.BACKEND.bcq_linear or algorithm == "dequantize":
-            return None
+            layouts.append(layout)
+            bias = parameters["bias"]
+            biases.append(bias)
+            if bias is not None:
+                if bias.is_inference():  # torch does not count its changes
+                    return None
+                biased = True
+        states = [_state(bias) for bias in biases] if biased else []
         try:
-            states = [_state(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        except RuntimeError:  # a tensor made in inference mode, whose changes torch does not count
+            given = [bias for bias in biases if bias is not None] if biased else []
+            ys: Any = cpu._op(OPERATOR)(x, layouts, given, *plan[0].tail[1:])
+        except RuntimeError:  # for a bias that fits its layer no longer: the layer's own call says so
             return None
-        y = cpu.bcq_linear_stacked(flat, weights, biases, algorithm, level).view(*shape[:-1], sum(self._rows))
-        ys: Sequence[Tensor] = torch.split_with_sizes_copy(y, self._rows, -1)  # type: ignore[func-returns-value, assignment]
-        parts = [_Part(*made) for made in zip(ys, weights, biases, states, strict=True)]
-        if not self._alone_forgotten:
-            self._alone_forgotten = True
-            for weight in weights:
-                prepared.forget_alone(weight.tensors.values())
-        return dict(enumerate(parts))
+        pending = _Pending(x, ys, plan, settings)
+        if biased:
+            pending.biases, pending.bias_states = biases, states
+        return pending
+
+    def _plan(self, x: Tensor, settings: Settings) -> list[Ready] | None:
+        """How to compute each layer in one call, kept for the next ones; None when that cannot be."""
+        plan: list[Ready] = []
+        for reference in self._layers:
+            layer = reference()
+            alone = layer is None or layer.accuracy != settings[0]
+            ready = None if alone else _ready(cast("BCQLinear", layer), x, settings[0])
+            if ready is None or (plan and ready.tail[1:] != plan[0].tail[1:]):
+                return None
+            plan.append(ready)
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        self._plans[x.shape, x.dtype, settings] = plan
+        return plan
 
 
-def _fits(bias: Tensor | None, weight: BCQWeight, x: Tensor) -> bool:
-    return bias is None or (bias.dtype == x.dtype and bias.is_cpu and bias.shape == weight.shape[:1])
+def _ready(layer: BCQLinear, x: Tensor, accuracy: str) -> Ready | None:
+    """How the compiled kernels compute `layer` for x, its layout made if need be; None when they do not."""
+    weight, bias, shape = cast(BCQWeight, layer.weight_record), layer._parameters["bias"], x.shape
+    fits = len(shape) and shape[-1] == weight.shape[1] and x.dtype in ACTIVATION_DTYPES
+    if not fits or not all(tensor.is_cpu for tensor in weight.tensors.values()):
+        return None
+    if is_grad_enabled() and _requires_grad(x, layer._parameters):
+        return None
+    if bias is not None and not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous()):
+        return None
+    choice = bcq_choice(x, weight, AUTO, AUTO, accuracy)
+    if choice.kernel is not cpu.BACKEND.bcq_linear or choice.algorithm == "dequantize":
+        return None
+    cpu.prepare_bcq(weight, choice.accuracy)
+    choice.ready = choice.get_ready(weight, choice.algorithm, choice.accuracy)
+    return choice.ready
 
 
 def _kind(layer: BCQLinear) -> tuple[Any, ...]:
-    """What siblings must have in common."""
-    layout = layer.layout.to_dict()
-    layout.pop("nested_bits", None)
-    return layer.in_features, layer.bias is None, tuple(sorted(layout.items()))
+    """What siblings must have in common: tables depend on no more than K and group size."""
+    return layer.in_features, layer.layout.group_size, layer.bias is None
 
 
 def _fusible(layers: Sequence[BCQLinear]) -> bool:
-    free = all(layer._fused is None and layer.layout.to_dict()["scale_kind"] != "ratio" for layer in layers)
+    free = all(layer._fused is None for layer in layers)
     return free and len(set(map(id, layers))) == len(layers) and len(set(map(_kind, layers))) == 1
 
 
 def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = FUSED_GROUPS) -> int:
     """Compute sibling layers that read the same activations in one kernel call; returns how many groups there are.
 
-    groups: each the names of children of one module. A group is made of `BCQLinear` layers of the same K and layout
-    that all have a bias or all have none; codebook weights have codebooks of their own, and weights with `ratios` have
-    those, so these stay apart. Names, tensors and results stay what they are, bit for bit. What was fused before is
-    undone first: `fuse(model, ())` only undoes. Copies and pickles of a model are not fused.
+    groups: each the names of children of one module. A group is made of `BCQLinear` layers of the same K and group size
+    that all have a bias or all have none; codebook weights have codebooks, hence tables, of their own. Names, tensors
+    and results stay what they are, bit for bit. What was fused before is undone first: `fuse(model, ())` only undoes.
+    Copies and pickles of a model are not fused.
 
     Only decoding in eager mode gains: without gradients (`torch.no_grad`, `torch.inference_mode`), on the CPU, where a
     table algorithm is chosen. Everything else is computed layer by layer.

@@ -20,6 +20,7 @@ from .coverage import CoverageReport, LayerReport, SkippedReport
 from .errors import ArgumentError, FormatError, LutgemmError
 from .formats import FORMATS, Layout, QuantizedWeight
 from .fusion import FusedGroup
+from .normal_tensors import as_parameter, normal
 from .quantize import quantize, weight_error
 from .selection import Selection
 
@@ -43,6 +44,8 @@ class QuantizedLinear(nn.Module):
 
     format: ClassVar[str]
     op: ClassVar[Callable[..., Tensor]]
+    run: ClassVar[Callable[..., Tensor]]
+    """What `op` does, of a layer."""
     bias: Tensor | None
     accuracy: str = AUTO
     """The least accuracy of `forward`, as `lutgemm.bcq_linear` takes it; see `set_accuracy`."""
@@ -61,10 +64,10 @@ class QuantizedLinear(nn.Module):
         """What `.to(dtype)` was last asked for: the dtype of `bias` and of `weight`."""
         for name, tensor in weight.tensors.items():
             if tensor.is_floating_point():
-                self.register_parameter(name, _parameter(tensor, requires_grad=False))
+                self.register_parameter(name, as_parameter(tensor, requires_grad=False))
             else:
-                self.register_buffer(name, _normal(tensor))
-        self.register_parameter("bias", None if bias is None else _parameter(bias, bias.requires_grad))
+                self.register_buffer(name, normal(tensor))
+        self.register_parameter("bias", None if bias is None else as_parameter(bias, bias.requires_grad))
         self._record: QuantizedWeight | None = None
 
     @classmethod
@@ -124,12 +127,14 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None = self._parameters["bias"]
         if is_compiling() or any_autocast():
             x, bias = _autocast(x, bias)
-        elif self._fused is not None:
+            return self.op(x, self.weight_record, bias, accuracy=self.accuracy)
+        if self._fused is not None:
             group, place = self._fused
-            y = group.part(place, x)
+            y = group.part(self, place, x)
             if y is not None:
                 return y
-        return self.op(x, self.weight_record, bias, accuracy=self.accuracy)
+        record = self._record or self.weight_record
+        return self.run(x, record, self._parameters, self._buffers, self, bias, AUTO, AUTO, self.accuracy)
 
     def extra_repr(self) -> str:
         bits = self.layout.bits_per_weight
@@ -150,7 +155,7 @@ class QuantizedLinear(nn.Module):
         for held in (self._parameters, self._buffers):
             for name, tensor in held.items():
                 if tensor is not None and tensor.is_inference():
-                    held[name] = _normal(tensor)  # type: ignore[assignment]
+                    held[name] = normal(tensor)  # type: ignore[assignment]
 
     def _forget(self) -> None:
         """Before tensors are replaced. `torch.utils.swap_tensors`, which may do that, refuses tensors that are watched
@@ -198,6 +203,7 @@ class BCQLinear(QuantizedLinear):
 
     format = "bcq"
     op = staticmethod(ops.bcq_linear)
+    run = staticmethod(ops.run_bcq)
 
 
 class CodebookLinear(QuantizedLinear):
@@ -205,6 +211,7 @@ class CodebookLinear(QuantizedLinear):
 
     format = "codebook"
     op = staticmethod(ops.codebook_linear)
+    run = staticmethod(ops.run_codebook)
 
 
 LINEAR_CLASSES: dict[str, type[QuantizedLinear]] = {"bcq": BCQLinear, "codebook": CodebookLinear}
@@ -217,23 +224,6 @@ def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return x, bias
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _normal(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of its own kind where it was made in inference mode."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        copy = tensor.clone()
-        return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
-
-
-def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
-    """`tensor` itself when it is a parameter of that kind, else a parameter that aliases it."""
-    if isinstance(tensor, nn.Parameter) and tensor.requires_grad == requires_grad and not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return nn.Parameter(_normal(tensor).detach(), requires_grad=requires_grad)
 
 
 def set_accuracy(model: nn.Module, accuracy: str) -> int:

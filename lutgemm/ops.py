@@ -7,27 +7,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 
 from ._plain import is_plain
-from .accuracy import AUTO, resolve_accuracy
-from .backends import Kernel, Problem, generation, select
-from .backends.cpu import _forced_isa
+from .accuracy import AUTO
+from .backends import generation
+from .choices import bcq_choice, codebook_choice, held_isa, new_bcq_choice, new_codebook_choice
 from .errors import ArgumentError
 from .formats import BCQWeight, CodebookWeight, QuantizedWeight
 from .gradients import bcq_gradients, codebook_gradients
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-FEW_TOKENS = 64
-"""Up to this M the choice of a kernel is kept with the weight: there it is a noticeable part of a call."""
-
-_held_isa = _forced_isa.get
 
 _library = torch.library.Library("lutgemm", "FRAGMENT")
 _library.define(
@@ -71,17 +66,7 @@ def bcq_linear(
     """
     if not isinstance(weight, BCQWeight):
         raise ArgumentError(f"weight: got {type(weight).__name__}, bcq_linear takes a BCQWeight")
-    t, shape = weight.tensors, x.shape
-    _check(x, shape, weight, bias)
-    record = (t["codes"], t["scales"], t.get("offsets"), t.get("zeros"), t.get("ratios"))
-    group_size, scale_kind = weight.group_size, weight.layout.scale_kind
-    if direct(x, weight, bias):
-        kernel, name, level = bcq_choice(x, weight, backend, algorithm, accuracy)
-        return kernel(x, *record, bias, group_size, scale_kind, name, level)
-    _refuse_tangents(x, *record, bias)
-    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y = torch.ops.lutgemm.bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
-    return y if flat is x else y.view(*shape[:-1], weight.shape[0])
+    return run_bcq(x, weight, weight.tensors, weight.tensors, None, bias, backend, algorithm, accuracy)
 
 
 def codebook_linear(
@@ -100,12 +85,101 @@ def codebook_linear(
     """
     if not isinstance(weight, CodebookWeight):
         raise ArgumentError(f"weight: got {type(weight).__name__}, codebook_linear takes a CodebookWeight")
+    return run_codebook(x, weight, weight.tensors, weight.tensors, None, bias, backend, algorithm, accuracy)
+
+
+class Holder(Protocol):
+    """A layer: it has a record, unless its tensors have been replaced since."""
+
+    @property
+    def weight_record(self) -> Any:
+        """The record of its tensors as they are now."""
+
+
+Held = Mapping[str, Tensor | None]
+"""Tensors by their names in a record."""
+
+
+def run_bcq(
+    x: Tensor,
+    weight: BCQWeight,
+    floats: Held,
+    integers: Held,
+    holder: Holder | None,
+    bias: Tensor | None,
+    backend: str,
+    algorithm: str,
+    accuracy: str,
+) -> Tensor:
+    """`bcq_linear` of a record, or of a layer.
+
+    floats, integers: the record's tensors, twice, and no holder; or the parameters and the buffers of the holder, whose
+    record was `weight`. That a layout is of these very tensors is checked in any case: one pass does both.
+    """
+    choice, straight = None, direct(x, weight, bias)
+    if straight:
+        choice = weight.choices.get((x.shape, x.dtype, backend, algorithm, accuracy, generation[0], held_isa()))
+        if choice is not None and (ready := choice.ready) is not None and (bias is None or bias.is_contiguous()):
+            layout = ready.layout(floats, integers)
+            if layout is not None:
+                try:
+                    return ready.operator(x.contiguous(), layout, bias, *ready.tail)
+                except RuntimeError:  # for a wrong bias, which is checked there
+                    _check(x, x.shape, weight, bias)
+                    raise
+    if holder is not None and (now := holder.weight_record) is not weight:
+        weight, choice = now, None
+        straight = direct(x, weight, bias)
+    t, shape = weight.tensors, x.shape
+    _check(x, shape, weight, bias)
+    record = (t["codes"], t["scales"], t.get("offsets"), t.get("zeros"), t.get("ratios"))
+    group_size, scale_kind = weight.group_size, weight.layout.scale_kind
+    if straight:
+        choice = choice or bcq_choice(x, weight, backend, algorithm, accuracy)
+        y = choice.kernel(x, *record, bias, group_size, scale_kind, choice.algorithm, choice.accuracy)
+        choice.ready = choice.get_ready(weight, choice.algorithm, choice.accuracy)
+        return y
+    _refuse_tangents(x, *record, bias)
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    y = torch.ops.lutgemm.bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
+    return y if flat is x else y.view(*shape[:-1], weight.shape[0])
+
+
+def run_codebook(
+    x: Tensor,
+    weight: CodebookWeight,
+    floats: Held,
+    integers: Held,
+    holder: Holder | None,
+    bias: Tensor | None,
+    backend: str,
+    algorithm: str,
+    accuracy: str,
+) -> Tensor:
+    """`codebook_linear` of a record or of a layer, as `run_bcq`."""
+    choice, straight = None, direct(x, weight, bias)
+    if straight:
+        choice = weight.choices.get((x.shape, x.dtype, backend, algorithm, accuracy, generation[0], held_isa()))
+        if choice is not None and (ready := choice.ready) is not None and (bias is None or bias.is_contiguous()):
+            layout = ready.layout(floats, integers)
+            if layout is not None:
+                record = (integers["codes"], floats["codebooks"], floats["scales"])
+                try:
+                    return ready.operator(x.contiguous(), *record, bias, layout, *ready.tail)
+                except RuntimeError:  # for a wrong bias, which is checked there
+                    _check(x, x.shape, weight, bias)
+                    raise
+    if holder is not None and (now := holder.weight_record) is not weight:
+        weight, choice = now, None
+        straight = direct(x, weight, bias)
     t, shape = weight.tensors, x.shape
     _check(x, shape, weight, bias)
     record = (t["codes"], t["codebooks"], t["scales"])
-    if direct(x, weight, bias):
-        kernel, name, level = codebook_choice(x, weight, backend, algorithm, accuracy)
-        return kernel(x, *record, bias, weight.group_size, name, level)
+    if straight:
+        choice = choice or codebook_choice(x, weight, backend, algorithm, accuracy)
+        y = choice.kernel(x, *record, bias, weight.group_size, choice.algorithm, choice.accuracy)
+        choice.ready = choice.get_ready(weight, choice.algorithm, choice.accuracy)
+        return y
     _refuse_tangents(x, *record, bias)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     y = torch.ops.lutgemm.codebook_linear(flat, *record, bias, weight.group_size, backend, algorithm, accuracy)
@@ -152,72 +226,13 @@ def direct(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> bool:
 
     Those calls go past it: the dispatcher's way through Python took 14 us of the 20 us of a call of a small layer.
     """
-    if not (is_plain(x) and x.is_cpu):
+    if not (is_plain(x) and (x.is_cpu or x.is_cuda)):
         return False
-    if not torch.is_grad_enabled():
+    if not is_grad_enabled():
         return True
     if x.requires_grad or (bias is not None and bias.requires_grad):
         return False
     return not any([tensor.requires_grad for tensor in weight.tensors.values()])  # noqa: C419 (a list is faster)
-
-
-Choice = tuple[Kernel, str, int]
-"""The function of a backend that runs a call, and its last arguments: the algorithm and the accuracy."""
-
-
-def _keep_choice(weight: QuantizedWeight, key: tuple[Any, ...], choice: Choice) -> Choice:
-    """Keep a choice with the weight where time counts; `select` keeps the others."""
-    if key[0] <= FEW_TOKENS:
-        weight.choices[key] = choice
-    return choice
-
-
-def bcq_choice(
-    x: Tensor, weight: BCQWeight, backend: str = AUTO, algorithm: str = AUTO, accuracy: str = AUTO
-) -> Choice:
-    """Who computes `bcq_linear` of x `[..., K]`; kept with the weight where M is small."""
-    key = (x.numel() // x.shape[-1], x.dtype, backend, algorithm, accuracy, generation[0], _held_isa())
-    choice: Choice | None = weight.choices.get(key)
-    if choice is None:
-        head = (x, weight.codes, weight.group_size, weight.scale_kind)
-        choice = _keep_choice(weight, key, _bcq_choice(*head, backend, algorithm, accuracy))
-    return choice
-
-
-def codebook_choice(x: Tensor, weight: CodebookWeight, backend: str, algorithm: str, accuracy: str) -> Choice:
-    """Who computes `codebook_linear` of x `[..., K]`; kept with the weight where M is small."""
-    key = (x.numel() // x.shape[-1], x.dtype, backend, algorithm, accuracy, generation[0], _held_isa())
-    choice: Choice | None = weight.choices.get(key)
-    if choice is None:
-        head = (x, weight.codes, weight.codebooks, weight.group_size)
-        choice = _keep_choice(weight, key, _codebook_choice(*head, backend, algorithm, accuracy))
-    return choice
-
-
-def _bcq_choice(
-    x: Tensor, codes: Tensor, group_size: int, scale_kind: str, backend: str, algorithm: str, accuracy: str
-) -> Choice:
-    k = x.shape[-1]
-    m = x.numel() // k
-    bits, n = codes.shape[:2]
-    level = resolve_accuracy(accuracy)
-    problem = Problem("bcq_linear", x.device.type, x.dtype, m, n, k, group_size, bits, scale_kind, accuracy=level)
-    chosen, name = select(problem, backend, algorithm, _held_isa())
-    return chosen.bcq_linear, name, level
-
-
-def _codebook_choice(
-    x: Tensor, codes: Tensor, codebooks: Tensor, group_size: int, backend: str, algorithm: str, accuracy: str
-) -> Choice:
-    k = x.shape[-1]
-    m = x.numel() // k
-    num_codebooks, n = codes.shape[:2]
-    vec_len, codebook_bits = codebooks.shape[2], codebooks.shape[1].bit_length() - 1
-    level = resolve_accuracy(accuracy)
-    shape = (m, n, k, group_size, num_codebooks)
-    problem = Problem("codebook_linear", x.device.type, x.dtype, *shape, "", vec_len, codebook_bits, level)
-    chosen, name = select(problem, backend, algorithm, _held_isa())
-    return chosen.codebook_linear, name, level
 
 
 def _bcq_run(
@@ -234,8 +249,8 @@ def _bcq_run(
     algorithm: str,
     accuracy: str,
 ) -> Tensor:
-    kernel, name, level = _bcq_choice(x, codes, group_size, scale_kind, backend, algorithm, accuracy)
-    return kernel(x, codes, scales, offsets, zeros, ratios, bias, group_size, scale_kind, name, level)
+    c = new_bcq_choice(x, codes, group_size, scale_kind, backend, algorithm, accuracy)
+    return c.kernel(x, codes, scales, offsets, zeros, ratios, bias, group_size, scale_kind, c.algorithm, c.accuracy)
 
 
 def _codebook_run(
@@ -249,8 +264,8 @@ def _codebook_run(
     algorithm: str,
     accuracy: str,
 ) -> Tensor:
-    kernel, name, level = _codebook_choice(x, codes, codebooks, group_size, backend, algorithm, accuracy)
-    return kernel(x, codes, codebooks, scales, bias, group_size, name, level)
+    c = new_codebook_choice(x, codes, codebooks, group_size, backend, algorithm, accuracy)
+    return c.kernel(x, codes, codebooks, scales, bias, group_size, c.algorithm, c.accuracy)
 
 
 _library.impl("bcq_linear", _bcq_run, "CompositeExplicitAutograd")

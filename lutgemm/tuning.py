@@ -1,8 +1,8 @@
 """Measures on this machine which algorithm is faster up to which M: the thresholds of `backends/heuristics.py`.
 
-A weight's algorithms are timed in turns at a few M each. Look-ups against `dequantize`: each gets a line of time
-against M, and the threshold is where the lines cross. `lut_gemm` (token by token) against `biqgemm` (many tokens a
-pass): the last of a few small M at which it was faster.
+A weight's algorithms are timed in turns at a few M each. Look-ups against `dequantize`, and its two ways, tiles and
+panels, against each other: each gets a line of time against M, and the threshold is where the lines cross. `lut_gemm`
+(token by token) against `biqgemm` (many tokens a pass): the last of a few small M at which it was faster.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Timed(NamedTuple):
 
     algorithm: str
     integer_tables: bool
+    """of `dequantize`: tiles of integers that are multiplied in cache, else panels that torch multiplies"""
     dtype: torch.dtype
     M: int
 
@@ -129,8 +130,11 @@ def _problem(case: OpCase, m: int, dtype: torch.dtype, accuracy: int) -> Problem
     return Problem(case.op, "cpu", dtype, *shape, case.scale_kind, case.vec_len, case.codebook_bits, accuracy)
 
 
-def _accuracies(case: OpCase) -> dict[bool, str]:
+def _accuracies(case: OpCase, algorithm: str) -> dict[bool, str]:
     """Which rows of thresholds there are -> the accuracy they are measured at: the default one where they serve it."""
+    if algorithm == "dequantize":
+        tiles = {True: DEFAULT} if cpu.has_tiles(case.op, ACCURACIES.index(DEFAULT)) else {}
+        return {False: ACCURACIES[EXACT], **tiles}
     found: dict[bool, str] = {}
     for name in (DEFAULT, ACCURACIES[EXACT]):
         found.setdefault(cpu.integer_tables(_problem(case, 1, torch.float32, ACCURACIES.index(name))), name)
@@ -151,13 +155,13 @@ def measure_weight(case: OpCase, seconds: float) -> Times:
     for dtype in DTYPES:
         xs = {m: torch.randn(m, case.K).to(dtype) for m in FEW_TOKENS + MANY_TOKENS}
         for algorithm in cpu.BACKEND.algorithms[case.op]:
-            exact = {False: ACCURACIES[EXACT]}  # `dequantize` has no tables
-            for integer, accuracy in (_accuracies(case) if algorithm != "dequantize" else exact).items():
+            for integer, accuracy in _accuracies(case, algorithm).items():
                 call = partial(linear, backend=cpu.BACKEND.name, algorithm=algorithm, accuracy=accuracy)
                 for m in _tokens(case.op, algorithm):
                     calls[Timed(algorithm, integer, dtype, m)] = [partial(call, xs[m], weight)]
     # Other processes only ever add to a time, and on a shared machine to many: hence no median.
-    return {name: timing.p10_us for name, timing in time_interleaved(calls, seconds).items()}
+    with cpu.always_tiles():
+        return {name: timing.p10_us for name, timing in time_interleaved(calls, seconds).items()}
 
 
 def cases(size: int) -> list[OpCase]:
@@ -225,6 +229,24 @@ def _look_up_rows(
     ]
 
 
+def _tile_rows(studies: Sequence[Study], device: str, date: str) -> list[Threshold]:
+    """The rows of `dequantize`: from where its tiles beat `biqgemm`, in fp32, up to where panels beat them."""
+    ends: list[list[int]] = []
+    for dtype in DTYPES:
+        pairs = [(_times(s, "dequantize", True, dtype), _times(s, "dequantize", False, dtype)) for s in studies]
+        ends.append(falling([crossing(tiles, panels) for tiles, panels in pairs]))
+    starts = []
+    for study in studies:
+        tiles = _times(study, "dequantize", True, DTYPES[0])
+        starts.append(crossing(_many_tokens(_times(study, "biqgemm", True, DTYPES[0])), tiles))
+    return [
+        Threshold(
+            "bcq_linear", "dequantize", study.cost, plain, narrow, True, device, date, min(NO_CROSSING, start + 1)
+        )
+        for study, plain, narrow, start in zip(studies, *ends, falling(starts), strict=True)
+    ]
+
+
 def thresholds(studies: Iterable[Study], device: str, date: str) -> tuple[Threshold, ...]:
     """The rows that these times make, in the order of `CPU_THRESHOLDS`."""
     ordered = sorted(studies, key=lambda study: study.cost)
@@ -236,6 +258,8 @@ def thresholds(studies: Iterable[Study], device: str, date: str) -> tuple[Thresh
             if timed and algorithm == "biqgemm":
                 rows.append(_few_token_row(timed, integer, device, date))
             rows += _look_up_rows(timed, op, algorithm, integer, device, date)
+        tiled = [s for s in own if _times(s, "dequantize", True, DTYPES[0])]
+        rows += _tile_rows(tiled, device, date)
     return tuple(rows)
 
 

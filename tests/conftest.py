@@ -20,6 +20,9 @@ THREADED_WORK = 1 << 20
 TOOLS = ("neon", "nvcc", "emulator")
 """What `--require` knows beside backends: see test_neon.py, test_cuda_compile.py, test_cuda_emulated.py."""
 
+REQUIRED: set[str] = set()
+"""What `--require` names, for modules that skip themselves."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require", default="", help=f"backends, or some of {TOOLS}, whose absence fails, not skips")
@@ -37,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "sanitizer: small, and worth running under compute-sanitizer")
     config.addinivalue_line("markers", "cases(list): the OpCases that the `run` fixture iterates (default: all)")
+    REQUIRED.update(backend_names(config, "--require"))
     for option in ("--require", "--backend"):
         for name in backend_names(config, option):
             known = [*registry(), *(TOOLS if option == "--require" else ())]

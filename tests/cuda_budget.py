@@ -20,6 +20,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,7 +33,11 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 BUDGET = ROOT / "csrc" / "cuda" / "budget.json"
 CACHE = ROOT / "build" / "cubin"
 ARCHS = ("80", "90a")
+"""What a source is compiled for, beside PTX."""
 REGISTER_UNIT = 8
+
+Kernels = dict[str, dict[str, "Kernel"]]
+"""arch -> kernel -> what it uses"""
 
 NEVER = {
     "LDL": "local memory is read",
@@ -51,16 +56,26 @@ class Kernel:
     shared: int = 0
     spills: int = 0
     stack: int = 0
-    seconds: float = 0.0
-    """of CPU time that its source took to compile"""
     sass: list[str] = field(default_factory=list)
     """names of its instructions with their modifiers; empty where there is no disassembler"""
 
 
 @cache
 def build() -> dict[str, Any]:
-    """setup.py's names: how the package is built is stated there."""
-    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_of_lutgemm")
+    """setup.py's names, with the GPU part planned whatever torch is: how the package is built is stated there."""
+    settings = {name: os.environ.pop(name, None) for name in ("LUTGEMM_BUILD", "LUTGEMM_CUDA_ARCHS")}
+    os.environ["LUTGEMM_BUILD"] = "cuda"
+    try:
+        return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_of_lutgemm")
+    finally:
+        del os.environ["LUTGEMM_BUILD"]
+        os.environ.update({name: value for name, value in settings.items() if value is not None})
+
+
+@cache
+def part() -> Any:
+    """The recipe of _C_cuda."""
+    return next(part for part in build()["PARTS"] if part.name == "_C_cuda")
 
 
 @cache
@@ -71,15 +86,15 @@ def nvcc() -> tuple[str, str | None]:
 
 
 @cache
-def disassembler() -> str | None:
-    """nvdisasm: on PATH, in the toolkit, or in the packages that bring it."""
+def tool(name: str) -> str | None:
+    """cuobjdump or nvdisasm: on PATH, in the toolkit, or in a package that brings it."""
     found = build()["NVCC"]
     folders = [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep) if p]
     folders += [found.home / "bin"] if found else []
-    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin"), ("nvidia", "cuda_nvdisasm/bin")):
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
         spec = importlib.util.find_spec(package)
         folders += [Path(place, inside) for place in (spec.submodule_search_locations or ())] if spec else []
-    return next((str(f / "nvdisasm") for f in folders if os.access(f / "nvdisasm", os.X_OK)), None)
+    return next((str(folder / name) for folder in folders if os.access(folder / name, os.X_OK)), None)
 
 
 def kernel_name(demangled: str) -> str:
@@ -100,20 +115,20 @@ def demangle(names: Iterable[str]) -> dict[str, str]:
     return {name: kernel_name(line) for name, line in zip(names, run.stdout.splitlines(), strict=True)}
 
 
-def parse_resources(log: str) -> dict[str, Kernel]:
-    """Symbol -> what ptxas says of it."""
-    kernels: dict[str, Kernel] = {}
+def parse_resources(log: str) -> Kernels:
+    """arch -> symbol -> what ptxas says of it."""
+    kernels: Kernels = {}
     current = Kernel()
     for line in log.splitlines():
-        if found := re.search(r"Function properties for (\S+)", line):
-            current = kernels.setdefault(found[1], Kernel())
+        if found := re.search(r"Compiling entry function '(\S+)' for 'sm_(\w+)'", line):
+            current = kernels.setdefault(found[2], {}).setdefault(found[1], Kernel())
         elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             current.stack, current.spills = int(found[1]), int(found[2]) + int(found[3])
         elif found := re.search(r"Used (\d+) registers", line):
             current.registers = int(found[1])
             shared = re.search(r"(\d+) bytes smem", line)
             current.shared = int(shared[1]) if shared else 0
-    return {name: kernel for name, kernel in kernels.items() if kernel.registers}
+    return kernels
 
 
 def parse_sass(text: str) -> dict[str, list[str]]:
@@ -140,9 +155,9 @@ def with_headers(source: Path) -> list[Path]:
     return sorted(found)
 
 
-def key(source: Path, arch: str, flags: list[str]) -> str:
-    """Of all that a cubin is made from."""
-    digest = hashlib.sha256(json.dumps([arch, flags, build()["NVCC"].version, disassembler()]).encode())
+def key(source: Path) -> str:
+    """Of all that its object is made from."""
+    digest = hashlib.sha256(json.dumps([part().nvcc_flags, build()["NVCC"].version, tool("cuobjdump")]).encode())
     for file in with_headers(source):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
@@ -150,7 +165,7 @@ def key(source: Path, arch: str, flags: list[str]) -> str:
 
 def run_nvcc(command: list[str]) -> tuple[int, str, float]:
     """Its status, what it says, and the CPU seconds that it took."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     text = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
@@ -158,38 +173,62 @@ def run_nvcc(command: list[str]) -> tuple[int, str, float]:
     return process.returncode, text, used.ru_utime + used.ru_stime
 
 
-def compile_source(source: Path, arch: str) -> dict[str, Kernel]:
-    """Kernel name -> what it uses. Raises `RuntimeError` with nvcc's output. Results are kept in build/cubin."""
-    flags = [flag for flag in build()["NVCC_FLAGS"] if not flag.startswith("-Icsrc")]
-    kept = CACHE / f"{source.stem}-{arch}-{key(source, arch, flags)}.json"
-    if kept.is_file():
-        return {name: Kernel(**facts) for name, facts in json.loads(kept.read_text("utf-8")).items()}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    cubin = kept.with_suffix(f".{os.getpid()}.cubin")
-    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    command = [nvcc()[0], *flags, f"-I{ROOT / 'csrc'}", target, "--resource-usage", "-cubin", "-o", cubin, source]
-    status, log, seconds = run_nvcc([str(word) for word in command])
-    if status:
-        raise RuntimeError(f"nvcc for sm_{arch} refuses {source.name}:\n{log}"[:4000])
-    kernels = parse_resources(log)
-    for kernel in kernels.values():
-        kernel.seconds = round(seconds, 1)
-    if tool := disassembler():
-        text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-        sass = parse_sass(text)
-        for name, kernel in kernels.items():
-            kernel.sass = sorted(set(sass.get(name, ())))
-    cubin.unlink()
-    names = demangle(kernels)
-    found = {names[name]: kernel for name, kernel in kernels.items()}
-    if len(found) < len(kernels):
-        raise RuntimeError(f"{source.name}: two kernels share a name: {sorted(names.values())}")
-    for stale in CACHE.glob(f"{source.stem}-{arch}-*.json"):
-        stale.unlink(missing_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({name: vars(kernel) for name, kernel in found.items()}), "utf-8")
-    partial.replace(kept)
+def instructions(object_file: Path) -> dict[str, dict[str, list[str]]]:
+    """arch (its number) -> symbol -> its instructions; empty without the tools."""
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    found: dict[str, dict[str, list[str]]] = {}
+    if cuobjdump and nvdisasm:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [cuobjdump, "-xelf", "all", str(object_file)]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            for cubin in Path(folder).glob("*.cubin"):
+                text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+                found[re.findall(r"sm_(\d+)", cubin.name)[-1]] = parse_sass(text)
     return found
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A source after nvcc."""
+
+    object_file: Path
+    kernels: Kernels
+    seconds: float
+    """of CPU time"""
+
+
+def compile_source(source: Path) -> Compiled:
+    """As the build does it. Raises `RuntimeError` with nvcc's output. Results are kept in build/cubin."""
+    kept = CACHE / f"{source.stem}-{key(source)}.json"
+    if kept.is_file() and kept.with_suffix(".o").is_file():
+        facts = json.loads(kept.read_text("utf-8"))
+        kernels = {a: {n: Kernel(**k) for n, k in of.items()} for a, of in facts["kernels"].items()}
+        return Compiled(kept.with_suffix(".o"), kernels, facts["seconds"])
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for stale in CACHE.glob(f"{source.stem}-*"):
+        if re.fullmatch(rf"{source.stem}-[0-9a-f]{{16}}\.\w+", stale.name):
+            stale.unlink(missing_ok=True)
+    partial = kept.with_suffix(f".{os.getpid()}.o")
+    flags = ["-Werror=all-warnings", "--resource-usage", *part().nvcc_flags]
+    status, log, seconds = run_nvcc([nvcc()[0], *flags, "-c", str(source), "-o", str(partial)])
+    if status:
+        raise RuntimeError(f"nvcc refuses {source.name}:\n{log}"[:4000])
+    sass = instructions(partial)
+    kernels = {arch: {} for arch in ARCHS}
+    for arch, symbols in parse_resources(log).items():
+        names = demangle(symbols)
+        for symbol, kernel in symbols.items():
+            kernel.sass = sorted(set(sass.get(arch.rstrip("af"), {}).get(symbol, ())))
+            kernels[arch][names[symbol]] = kernel
+        if len(kernels[arch]) < len(symbols):
+            raise RuntimeError(f"{source.name}: two kernels share a name: {sorted(names.values())}")
+    facts = {"seconds": round(seconds, 1)}
+    facts["kernels"] = {arch: {name: vars(kernel) for name, kernel in of.items()} for arch, of in kernels.items()}
+    partial.replace(kept.with_suffix(".o"))
+    partial = kept.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(facts), "utf-8")
+    partial.replace(kept)
+    return Compiled(kept.with_suffix(".o"), kernels, facts["seconds"])
 
 
 def has(sass: list[str], wanted: str) -> bool:
@@ -223,8 +262,8 @@ def read_budget() -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def updated(old: dict[str, dict[str, Any]], measured: dict[str, dict[str, Kernel]]) -> dict[str, dict[str, Any]]:
-    """The entries of a source by what was measured (arch -> kernel -> numbers), and by the instructions asked for."""
+def updated(old: dict[str, dict[str, Any]], measured: Kernels) -> dict[str, dict[str, Any]]:
+    """The entries of a source by what was measured, and by the instructions asked for."""
     entries: dict[str, dict[str, Any]] = {}
     for arch, kernels in measured.items():
         for name, kernel in sorted(kernels.items()):
@@ -258,24 +297,21 @@ def main() -> int:
     if reason := nvcc()[1]:
         sys.exit(reason)
     wanted = [source for source in SOURCES if not args.sources or source.name in args.sources]
-    jobs = [(source, arch) for source in wanted for arch in ARCHS]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: compile_source(*job), jobs), strict=True))
+        results = dict(zip(wanted, pool.map(compile_source, wanted), strict=True))
     budget = read_budget()
-    for source in wanted:
-        measured = {arch: results[source, arch] for arch in ARCHS}
+    for source, compiled in results.items():
         if args.update:
-            budget[source.name] = updated(budget.get(source.name, {}), measured)
-        for arch, kernels in measured.items():
-            seconds = max((kernel.seconds for kernel in kernels.values()), default=0.0)
-            print(f"{source.name} sm_{arch}: {seconds} s of CPU time to compile")
+            budget[source.name] = updated(budget.get(source.name, {}), compiled.kernels)
+        print(f"{source.name}: {compiled.seconds} s of CPU time to compile")
+        for arch, kernels in compiled.kernels.items():
             for name, kernel in sorted(kernels.items()):
-                print(f"  {name}: {kernel.registers} registers, {kernel.shared} bytes shared")
+                print(f"  sm_{arch} {name}: {kernel.registers} registers, {kernel.shared} bytes shared")
                 for fault in faults(kernel, arch, budget.get(source.name, {}).get(name)):
                     print(f"    {fault}")
     if args.update:
         there = {source.name for source in SOURCES}
-        write_budget({name: entries for name, entries in budget.items() if name in there})
+        write_budget({name: entries for name, entries in budget.items() if name in there and entries})
     return 0
 
 

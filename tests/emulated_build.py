@@ -8,6 +8,7 @@ own sources are always part. Load the result with ctypes (`control`) or torch.op
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import getpass
@@ -18,26 +19,28 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "csrc" / "emulation"
-COMMON: tuple[str, ...] = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DLUTGEMM_EMULATED")
-COMMON += ("-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}")
-# What -fsanitize=thread calls is csrc/emulation/hooks.cpp: the sanitizer's own library is not linked.
-HOOKED = ("-x", "c++", "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
+COMMON = (
+    *("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DLUTGEMM_EMULATED"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"),
+)
+# What the sanitizers' code calls is csrc/emulation/memory.cpp and undefined.cpp: their own libraries are not linked.
+HOOKED = (
+    *("-x", "c++", "-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+    "-fsanitize=bounds,signed-integer-overflow,shift-exponent,integer-divide-by-zero",
+)
 PLAIN = ("-O2",)
 
 
 def compiler() -> str | None:
-    """g++ (clang++ instruments otherwise), or None where there is none."""
-    return (
-        shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0])
-        if "clang" not in os.environ.get("CXX", "")
-        else (shutil.which("g++"))
-    )
+    """The command of g++, or None where there is none. (clang++ reports fewer accesses to the hooks.)"""
+    return shutil.which(os.environ.get("LUTGEMM_EMULATOR_CXX", "g++"))
 
 
 def cache_folder() -> Path:
@@ -66,14 +69,16 @@ def fingerprint(files: Sequence[Path]) -> str | None:
     return digest(*(part for file in files for part in (str(file).encode(), file.read_bytes())))
 
 
-def compile_one(command: list[str], source: Path, folder: Path) -> Path:
-    """The object file of `source`, recompiled when it, a header it includes or the command changed."""
-    key = digest(*(word.encode() for word in [*command, str(source)]))
+def compile_one(command: list[str], version: str, source: Path, folder: Path) -> Path:
+    """The object file of `source`, recompiled when it, a header it includes, the command or the compiler changed."""
+    key = digest(*(word.encode() for word in [version, *command, str(source)]))
     record = folder / f"{key}.json"
     if record.is_file():
         known = json.loads(record.read_text("utf-8"))
         stored = folder / known["object"]
         if stored.is_file() and fingerprint([Path(name) for name in known["files"]]) == known["fingerprint"]:
+            os.utime(stored)
+            os.utime(record)
             return stored
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made, depfile = Path(temporary, "object.o"), Path(temporary, "object.d")
@@ -90,16 +95,24 @@ def compile_one(command: list[str], source: Path, folder: Path) -> Path:
         stored = folder / f"{digest(key.encode(), str(print_of_files).encode())}.o"
         made.replace(stored)
     text = json.dumps({"object": stored.name, "files": [str(file) for file in files], "fingerprint": print_of_files})
-    partial = record.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(record)
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as partial:
+        partial.write(text)
+    Path(partial.name).replace(record)
     return stored
+
+
+def drop_unused(folder: Path) -> None:
+    """Forgets what no build has used for a week."""
+    for file in folder.glob("*.*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if file.is_file() and file.stat().st_mtime < time.time() - 7 * 86400:
+                file.unlink()
 
 
 def build(
     name: str, sources: Sequence[Path], flags: Sequence[str] = (), links: Sequence[str] = (), jobs: int = 2
 ) -> Path:
-    """The shared object `name` of `sources` and the emulator. `flags` go to every compilation, `links` to the linker.
+    """The shared object `name` of `sources` and the emulator. `flags` go to the sources, `links` to the linker.
 
     Raises RuntimeError with the compiler's words when something does not compile, or without a g++.
     """
@@ -108,27 +121,30 @@ def build(
         raise RuntimeError("no g++ on PATH: install one to run CUDA kernels on the host")
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.partition("\n")[0]
     folder = cache_folder()
-    every = [*sorted(EMULATOR.glob("*.cpp")), *sources]
+    drop_unused(folder)
+    emulator = [(source, (*COMMON, *PLAIN)) for source in sorted(EMULATOR.glob("*.cpp"))]
+    own = [(source, (*COMMON, *(HOOKED if source.suffix == ".cu" else PLAIN), *flags)) for source in sources]
 
-    def compile_source(source: Path) -> Path:
-        mode = HOOKED if source.suffix == ".cu" else PLAIN
-        return compile_one([cxx, *COMMON, *mode, *flags], source, folder)
+    def compile_source(job: tuple[Path, tuple[str, ...]]) -> Path:
+        return compile_one([cxx, *job[1]], version, job[0], folder)
 
-    with (folder / "lock").open("w") as lock:
+    with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(compile_source, every))
-        output = (
-            folder
-            / f"{name}-{digest(version.encode(), *(p.name.encode() for p in objects), *map(str.encode, links))}.so"
-        )
-        if not output.is_file():
-            partial = output.with_suffix(".partial")
-            command = [cxx, "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects), *links, "-ldl", "-o", str(partial)]
+            # The largest sources are often the slowest: they go first.
+            order = sorted([*own, *emulator], key=lambda job: -job[0].stat().st_size)
+            objects = sorted(pool.map(compile_source, order))
+        output = folder / f"{name}-{digest(*(part.encode() for part in [version, *map(str, objects), *links]))}.so"
+        if output.is_file():
+            os.utime(output)
+            return output
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            made = Path(temporary, "library.so")
+            command = [cxx, "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects), *links, "-ldl", "-o", str(made)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode:
                 raise RuntimeError(f"{shlex.join(command)} failed:\n{run.stderr[-8000:]}")
-            partial.replace(output)
+            made.replace(output)
     return output
 
 

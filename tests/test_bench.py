@@ -539,6 +539,8 @@ def test_overhead_is_what_forward_adds_to_its_kernel(capsys, tmp_path):
     for r in records:
         assert r["overhead_us"] == pytest.approx(r["forward"]["median_us"] - r["kernel"]["median_us"])
         assert f"{r['overhead_us']:.2f}" in out
+        assert 0 < r["kernel"]["median_us"] < r["fused"]["median_us"]
+        assert f"{r['apart']['median_us']:.2f}  " in out
     assert records[0]["kernel"]["median_us"] < records[0]["forward"]["median_us"]
     with pytest.raises(BackendError, match="forward called no kernel"):
         overhead.kernel_call(lambda x: x, torch.zeros(1, 4))
@@ -601,7 +603,7 @@ def test_env_lists_versions_and_reasons(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["backends"]["reference"] is None
     assert found["cpu"]["threads"] == torch.get_num_threads()
-    assert set(found["compiled"]) == {"_C", "_host"}
+    assert set(found["compiled"]) == {"_C", "_C_cuda", "_host"}
 
 
 def test_env_works_with_nothing_compiled(capsys, monkeypatch):

@@ -52,7 +52,7 @@ def only_reference(monkeypatch):
     monkeypatch.setattr(module, "registry", lambda: {backend.name: backend})
     module.select.cache_clear()
     monkeypatch.setattr(module, "select", module.select.__wrapped__)
-    monkeypatch.setattr("lutgemm.ops.select", module.select)
+    monkeypatch.setattr("lutgemm.choices.select", module.select)
 
 
 def layer_of(kind: str, bias: bool = True) -> QuantizedLinear:

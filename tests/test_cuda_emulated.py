@@ -10,30 +10,24 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from types import SimpleNamespace
 
 import emulated_backend
 import pytest
+import test_kernels
 import torch
-from conftest import backend_names
+from conftest import KernelRun, backend_names
 from emulated_backend import NAME, Emulated
 
+from lutgemm.accuracy import resolve_accuracy
 from lutgemm.backends import Problem, cuda, gpu_layouts
 from lutgemm.backends.gpu_heuristics import GPU_THRESHOLDS, GpuThreshold, choose_on_gpu
 from lutgemm.backends.gpu_layouts import BcqRecord, dequantize, kept_layout
 from lutgemm.errors import BackendError
 from lutgemm.ops import linear
 from lutgemm.testing.cases import CASES, Inputs, OpCase
-from lutgemm.testing.numerics import (
-    assert_equal,
-    error_bound,
-    exact_result,
-    mismatch,
-    rms,
-    rounded_allowance,
-    torch_allowance,
-)
+from lutgemm.testing.numerics import assert_equal, assert_within, exact_result, rms, rounded_allowance
+from lutgemm.testing.targets import Target
 
 backends = importlib.import_module("lutgemm.backends")
 
@@ -41,8 +35,6 @@ SMALL = 1 << 21
 """Most M * N * K * planes of a case: what the emulator runs in a few hundredths of a second."""
 BATCH = 12
 """Cases of a test: one test each would take longer than the kernels do."""
-STATISTICAL = 32
-"""Elements from which on the root mean square error of a result means something."""
 
 ONLY = [name for name in os.environ.get("LUTGEMM_EMULATED_ONLY", "").split(",") if name]
 ALGORITHMS = [
@@ -62,12 +54,7 @@ def problem(case: OpCase) -> Problem:
     bcq = case.op == "bcq_linear"
     shape = (case.M, case.N, case.K, case.group_size or case.K, case.bits if bcq else case.num_codebooks)
     kind = (case.scale_kind, 0, 0) if bcq else ("", case.vec_len, case.codebook_bits)
-    level = backends_accuracy(case.accuracy)
-    return Problem(case.op, "cpu", case.torch_dtype, *shape, *kind, level)
-
-
-def backends_accuracy(name: str) -> int:
-    return importlib.import_module("lutgemm.accuracy").resolve_accuracy(name)
+    return Problem(case.op, "cpu", case.torch_dtype, *shape, *kind, resolve_accuracy(case.accuracy))
 
 
 def taken(op: str, algorithm: str, case: OpCase) -> bool:
@@ -77,14 +64,25 @@ def taken(op: str, algorithm: str, case: OpCase) -> bool:
     return reason is None
 
 
-def batches(wanted: Callable[[OpCase], bool]) -> list[pytest.ParameterSet]:
-    """(op, algorithm, some of its cases), for every algorithm."""
+def kernel_checks() -> dict[str, tuple[Callable[[KernelRun], None], list[OpCase]]]:
+    """The tests of test_kernels.py that take a run, and their cases."""
+    found = {}
+    for name, function in vars(test_kernels).items():
+        for mark in getattr(function, "pytestmark", []):
+            if mark.name == "cases":
+                found[name] = function, mark.args[0]
+    return found
+
+
+def batches() -> list[pytest.ParameterSet]:
+    """(test, algorithm, some of the cases that it takes)."""
     found = []
-    for op, algorithm in ALGORITHMS:
-        cases = [case for case in CASES[op]() if small(case) and wanted(case) and taken(op, algorithm, case)]
-        for start in range(0, len(cases), BATCH):
-            name = f"{op.removesuffix('_linear')}-{algorithm}-{start}"
-            found.append(pytest.param(algorithm, cases[start : start + BATCH], id=name))
+    for name, (_, every) in kernel_checks().items():
+        for op, algorithm in ALGORITHMS:
+            cases = [case for case in every if case.op == op and small(case) and taken(op, algorithm, case)]
+            for start in range(0, len(cases), BATCH):
+                label = f"{op.removesuffix('_linear')}-{algorithm}-{name.removeprefix('test_')}-{start}"
+                found.append(pytest.param(name, algorithm, cases[start : start + BATCH], id=label))
     return found
 
 
@@ -111,60 +109,32 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[Emulated]:
 
 @pytest.fixture(autouse=True)
 def usual_device(emulated: Emulated) -> Iterator[None]:
-    """Tests that change the emulated device leave it as it was."""
+    """Tests that change the emulated device leave it as it was, and new tensors of torch are filled with NaN."""
+    torch.use_deterministic_algorithms(True)
     yield
+    torch.use_deterministic_algorithms(False)
     emulated.control.set(seed=0, sm_count=4, architecture=90)
-
-
-@cache
-def prepared(case: OpCase, tier: str) -> tuple[Inputs, torch.Tensor]:
-    """The inputs of a case and its fp64 result, shared by the algorithms."""
-    inputs = case.inputs(tier)
-    return inputs, exact_result(inputs.x, inputs.weight, inputs.bias)
-
-
-@cache
-def torch_limit(case: OpCase) -> float:
-    return torch_allowance(*vars(prepared(case, "random")[0]).values())
 
 
 def run(inputs: Inputs, algorithm: str, accuracy: str = "exact") -> torch.Tensor:
     return linear(inputs.x, inputs.weight, inputs.bias, backend=NAME, algorithm=algorithm, accuracy=accuracy)
 
 
-def wrong(case: OpCase, algorithm: str, y: torch.Tensor) -> str:
-    """What is wrong with the result of the random tier, or ""."""
-    inputs, truth = prepared(case, "random")
-    if y.dtype != inputs.x.dtype:
-        return f"{case.name}: dtype {y.dtype}"
-    if case.accuracy == "exact":
-        bound: torch.Tensor | float = error_bound(inputs.x, inputs.weight, inputs.bias, algorithm)
-        allowed = torch_limit(case)
-    else:
-        bound = float("inf")
-        allowed = rounded_allowance(*vars(inputs).values(), case.accuracy)
-    if found := mismatch(y, truth, bound, case.name):
-        return str(found)
-    own = rms(y.double() - truth)
-    if y.numel() >= STATISTICAL and own > allowed:
-        return f"{case.name}: rms error {own:.3e}, allowed {allowed:.3e}"
-    return ""
-
-
-@pytest.mark.parametrize(("algorithm", "cases"), batches(lambda case: case.has_tier("exact")))
-def test_exact_tier_is_bit_exact(algorithm: str, cases: list[OpCase]) -> None:
-    faults = []
+@pytest.mark.parametrize(("test", "algorithm", "cases"), batches())
+def test_what_every_kernel_must_do(test: str, algorithm: str, cases: list[OpCase]) -> None:
     for case in cases:
-        inputs, truth = prepared(case, "exact")
-        if found := mismatch(run(inputs, algorithm), truth.to(inputs.x.dtype), 0.0, case.name):
-            faults.append(str(found))
-    assert not faults, "\n".join(faults)
+        kernel_checks()[test][0](KernelRun(Target(NAME), algorithm, case))
 
 
-@pytest.mark.parametrize(("algorithm", "cases"), batches(lambda case: True))
-def test_random_tier_is_within_its_bounds(algorithm: str, cases: list[OpCase]) -> None:
-    faults = [wrong(case, algorithm, run(prepared(case, "random")[0], algorithm, case.accuracy)) for case in cases]
-    assert not any(faults), "\n".join(filter(None, faults))
+def check(case: OpCase, algorithm: str, y: torch.Tensor, what: str) -> None:
+    """Fail unless y keeps the bounds of a random-tier result."""
+    inputs, truth = test_kernels.prepared(case, "random")
+    if case.accuracy == "exact":
+        bound, allowed = test_kernels.limits(case, algorithm)
+    else:
+        bound, allowed = float("inf"), rounded_allowance(*vars(inputs).values(), case.accuracy)
+    assert_within(y, truth, bound, what)
+    assert rms(y.double() - truth) <= allowed, what
 
 
 STEADY = [
@@ -183,7 +153,7 @@ def steady(op: str, algorithm: str) -> list[OpCase]:
 @pytest.mark.parametrize(("op", "algorithm"), ALGORITHMS)
 def test_bits_do_not_depend_on_the_order_of_blocks_or_on_the_call(op: str, algorithm: str, emulated: Emulated) -> None:
     for case in steady(op, algorithm):
-        inputs = prepared(case, "random")[0]
+        inputs = case.inputs()
         first = run(inputs, algorithm, case.accuracy)
         for seed in (0, 1, 2):
             emulated.control.set(seed=seed)
@@ -197,14 +167,14 @@ def test_devices_of_any_size(op: str, algorithm: str, emulated: Emulated) -> Non
     for sm_count, architecture in ((1, 80), (7, 90), (132, 90)):
         emulated.control.set(sm_count=sm_count, architecture=architecture)
         for case in steady(op, algorithm):
-            y = run(prepared(case, "random")[0], algorithm, case.accuracy)
-            assert not (fault := wrong(case, algorithm, y)), f"{sm_count} of sm_{architecture}: {fault}"
+            y = run(case.inputs(), algorithm, case.accuracy)
+            check(case, algorithm, y, f"{case.name}, {sm_count} multiprocessors of sm_{architecture}")
 
 
 @pytest.mark.parametrize(("op", "algorithm"), ALGORITHMS)
 def test_rows_of_x_may_be_a_stride_apart(op: str, algorithm: str, emulated: Emulated) -> None:
     for case in steady(op, algorithm):
-        inputs, _ = prepared(case, "random")
+        inputs = case.inputs()
         wide = torch.full((case.M, case.K + 24), float("nan"), dtype=inputs.x.dtype)
         wide[:, : case.K] = inputs.x
         y = run(Inputs(wide[:, : case.K], inputs.weight, inputs.bias), algorithm, case.accuracy)
@@ -237,7 +207,8 @@ def test_dequantize_gives_the_bits_of_the_record(op: str, emulated: Emulated) ->
 @pytest.mark.parametrize("bias", [False, True])
 def test_panels_make_one_result(bias: bool, emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     case = OpCase(M=5, N=150, K=64, bias=bias)
-    inputs, truth = prepared(case, "exact")
+    inputs = case.inputs("exact")
+    truth = exact_result(inputs.x, inputs.weight, inputs.bias)
     monkeypatch.setattr(dequantize, "PANEL_BYTES", 64 * 64 * 4)
     assert dequantize.panel_rows(64, 4) == 64
     assert_equal(run(inputs, "dequantize"), truth.float())

@@ -1,13 +1,10 @@
-"""The host emulation of CUDA kernels: each primitive against numpy or torch, each fault that it is there to find.
+"""The host emulation of CUDA kernels: each primitive against numpy or torch. Its checks: test_emulation_faults.py.
 
 The kernels are tests/emulation/*.cu; they are also compiled by nvcc where there is one.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,57 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emulated_build import ROOT, Control, build, compiler
-
-SOURCES = [ROOT / "tests" / "emulation" / name for name in ("primitives.cu", "faults.cu")]
-LANES = np.arange(32)
-
-
-class Call(ctypes.Structure):
-    _fields_ = [
-        *(field for name in "aby" for field in ((name, ctypes.c_void_p), (f"{name}_bytes", ctypes.c_int64))),
-        *((name, ctypes.c_int64) for name in ("n", "blocks", "threads_x", "threads_y", "dynamic_shared", "dependent")),
-    ]
-
-
-NOTHING = np.zeros(1, np.int32)
-
-
-class Emulator(Control):
-    """Runs the test kernels on numpy arrays."""
-
-    def __init__(self, library: Path) -> None:
-        super().__init__(library)
-        for run in (self.library.run_primitive, self.library.run_fault):
-            run.argtypes = [ctypes.c_char_p, ctypes.POINTER(Call)]
-            run.restype = ctypes.c_char_p
-
-    def call(self, run, kernel, y, a=NOTHING, b=NOTHING, n=0, *, blocks=1, threads=32, rows=1, dynamic=0) -> str | None:
-        """None, or the error of the launch."""
-        arrays = [value for array in (a, b, y) for value in (array.ctypes.data, array.nbytes)]
-        error = run(kernel.encode(), Call(*arrays, n, blocks, threads, rows, dynamic))
-        return error.decode() if error else None
-
-    def primitive(self, kernel, y, *arguments, **shape) -> np.ndarray:
-        assert self.call(self.library.run_primitive, kernel, y, *arguments, **shape) is None
-        return y
-
-    def fault(self, kernel, n=0, *, y=64, a=64, **shape) -> str | None:
-        """y and a: how many 4-byte words. The output must have been written, or an error be reported."""
-        out = np.full(y, -1, np.int32)
-        return self.call(self.library.run_fault, kernel, out, np.ones(a, np.int32), n=n, **shape)
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    if compiler() is None:
-        pytest.skip("no g++ to compile kernels for the host")
-    return build("primitives", SOURCES)
+from emulated_build import ROOT, compiler
+from emulated_kernels import SOURCES, Emulator, library
 
 
 @pytest.fixture
-def emulator(library: Path) -> Iterator[Emulator]:
-    emulator = Emulator(library)
+def emulator() -> Iterator[Emulator]:
+    if compiler() is None:
+        pytest.skip("no g++ to compile kernels for the host")
+    emulator = Emulator(library())
     emulator.reset_counts()
     yield emulator
     emulator.set(checks=1, races=1, counts=0, seed=0, sm_count=4, architecture=90)
@@ -91,7 +46,7 @@ def bfloat16_values(bits: np.ndarray) -> np.ndarray:
 
 def test_widening_is_exact_for_every_16_bit_pattern(emulator: Emulator) -> None:
     bits = np.arange(65536, dtype=np.uint16)
-    y = emulator.primitive("widen", np.zeros((65536, 2), np.float32), bits, blocks=64, threads=1024)
+    y = emulator.primitive("widen", np.zeros((65536, 2), np.float32), bits, blocks=64, threads_x=1024)
     np.testing.assert_array_equal(y[:, 0], bits.view(np.float16).astype(np.float32))
     np.testing.assert_array_equal(y[:, 1], bfloat16_values(bits))
 
@@ -105,7 +60,7 @@ def test_narrowing_rounds_to_nearest_even(emulator: Emulator, rng: np.random.Gen
     edge = np.array([65519.996, 65520.0, -65536.0, np.inf, -np.inf, 0.0, -0.0, 3.4e38, np.nan], np.float32)
     values = np.concatenate([anything, near, ties, np.resize(edge, 536)])
     assert values.size == 64 * 1024 - 0
-    y = emulator.primitive("narrow", np.zeros((values.size, 2), np.uint16), values, blocks=64, threads=1024)
+    y = emulator.primitive("narrow", np.zeros((values.size, 2), np.uint16), values, blocks=64, threads_x=1024)
     numbers = ~np.isnan(values)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(y[numbers, 0], values[numbers].astype(np.float16).view(np.uint16))
@@ -134,7 +89,7 @@ def test_arithmetic_of_pairs_rounds_once(emulator: Emulator, dtype: torch.dtype)
     values[count // 2 :, 2] = (torch.randn(count // 2, 2) * 2.0**8).to(dtype)
     a = values.view(torch.int16).numpy()
     name = "arithmetic_half" if dtype is torch.float16 else "arithmetic_bfloat16"
-    y = emulator.primitive(name, np.zeros((count, 5, 2), np.int16), a, blocks=8, threads=128)
+    y = emulator.primitive(name, np.zeros((count, 5, 2), np.int16), a, blocks=8, threads_x=128)
     result = torch.from_numpy(y).view(dtype)
     p, q, r = values.double().unbind(1)
     for i, exact in enumerate([p + q, p - q, p * q]):  # exact in fp64
@@ -171,7 +126,7 @@ def test_integer_intrinsics(emulator: Emulator, rng: np.random.Generator) -> Non
     u[:3] = 0, 1, 0xFFFFFFFF
     u[3:64] = (rng.standard_normal(61) * 10.0 ** rng.integers(0, 11, 61)).astype(np.float32).view(np.uint32)
     u[64] = np.float32(2.5).view(np.uint32)
-    got = emulator.primitive("integers", np.zeros((512, 24), np.uint32), u, v, blocks=4, threads=128)
+    got = emulator.primitive("integers", np.zeros((512, 24), np.uint32), u, v, blocks=4, threads_x=128)
     U, V = u.astype(object), v.astype(object)
     bytes_u, bytes_v = ([(w >> 8 * i) & 255 for i in range(4)] for w in (U, V))
     halves_u, halves_v = ([(w >> 16 * i) & 0xFFFF for i in range(2)] for w in (U, V))
@@ -229,7 +184,7 @@ def test_shuffles_votes_and_reductions(emulator: Emulator, rng: np.random.Genera
     threads = 96
     a = rng.integers(6, 2**20, threads, dtype=np.int32)
     a[40] = 5
-    got = emulator.primitive("shuffles", np.zeros((21, threads), np.int32), a, n=n, threads=threads)
+    got = emulator.primitive("shuffles", np.zeros((21, threads), np.int32), a, n=n, threads_x=threads)
     i = np.arange(threads)
     lane, base = i % 32, i - i % 32
 
@@ -298,157 +253,16 @@ def test_ldmatrix_loads_the_fragments_of_mma(emulator: Emulator, variant: int) -
 def test_copies_through_a_ring_of_stages(emulator: Emulator, rng: np.random.Generator) -> None:
     tiles, copied = 5, 1800
     a = rng.integers(0, 2**31, tiles * 512, dtype=np.uint32)
-    y = emulator.primitive("copy_ring", np.zeros_like(a), a, np.int32([tiles]), copied, threads=128, dynamic=4096)
+    y = emulator.primitive(
+        "copy_ring", np.zeros_like(a), a, np.int32([tiles]), n=copied, threads_x=128, dynamic_shared=4096
+    )
     np.testing.assert_array_equal(y, np.where(np.arange(a.size) < copied, 2 * a, 0))
 
 
 def test_shared_atomics_in_a_block_of_two_dimensions(emulator: Emulator, rng: np.random.Generator) -> None:
     a = rng.integers(-500, 500, 300, dtype=np.int32)
-    y = emulator.primitive("atomics", np.zeros(3, np.int32), a, n=300, threads=80, rows=4)
+    y = emulator.primitive("atomics", np.zeros(3, np.int32), a, n=300, threads_x=80, threads_y=4)
     np.testing.assert_array_equal(y, [a.sum(), a.max(), 300])
-
-
-# ---- faults
-
-BIG = {"dynamic": 256}
-# kernel, n, launch, what the message says. n = 0 is the kernel without its fault.
-FAULTS = [
-    ("global_read", 1, {"a": 32}, "out of bounds: thread 31 reads 4 bytes at faults.cu:"),
-    ("global_read", -1, {}, "out of bounds: thread 0 reads"),
-    ("global_read", 1 << 20, {}, "out of bounds: thread 0 reads"),
-    ("global_write", 40, {}, "out of bounds: thread 24 writes 4 bytes"),
-    ("global_vector_read", 4, {"a": 128}, "out of bounds: thread 31 reads 16 bytes"),
-    ("global_vector_read", 1, {"a": 256}, "misaligned: thread 0 reads 16 bytes"),
-    ("write_to_input", 1, {}, "read-only: thread 0 writes 4 bytes"),
-    ("blocks_share_output", 1, {"blocks": 2}, "race between blocks: thread 0 writes 4 bytes"),
-    ("shared_read", 1, {}, "out of bounds: thread 31 reads 4 bytes"),
-    ("shared_read", 1 << 15, {}, r"out of bounds: thread \d+ reads 4 bytes .* bytes behind the end of shared table"),
-    ("shared_write", 33, BIG, "out of bounds: thread 31 writes 4 bytes"),
-    ("shared_write", -1, BIG, "out of bounds: thread 0 writes 4 bytes"),
-    ("uninitialised", 8, {}, "uninitialised: thread 7 reads 4 bytes .*: byte 28 of shared table .* was not written"),
-    ("uninitialised_later_block", 1, {"blocks": 2}, r"uninitialised: .* of shared table .* block \(1, 0, 0\) of"),
-    ("race_block", 1, {"threads": 64}, "race: thread|uninitialised"),
-    (
-        "race_block",
-        2,
-        {"threads": 64},
-        "race: thread 0 reads 4 bytes at .* was written by thread 63, no barrier between",
-    ),
-    ("race_warp", 1, {"threads": 64}, "race: thread|uninitialised"),
-    ("race_warp", 2, {"threads": 64}, "race: thread"),
-    ("race_warp", 3, {"threads": 64}, "race: thread|uninitialised"),
-    ("race_reader", 1, {"threads": 64}, "race: thread 1 writes 4 bytes .* was read by thread 0, no barrier between"),
-    ("race_readers", 1, {"threads": 64}, "race: thread .* was read by several lanes of warp 1, no barrier between"),
-    ("race_two_writers", 1, {"threads": 64}, "race: thread 1 writes 4 bytes .* was written by thread 0"),
-    ("race_atomic", 1, {"threads": 64}, "was written by an atomic operation"),
-    ("copy_async", 1, BIG, r"cp.async not waited for: thread \d+ reads 4 bytes"),
-    ("copy_async", 4, BIG, r"cp.async not waited for: thread \d+ reads 4 bytes"),
-    ("copy_async", 2, BIG, "race|cp.async not waited for|uninitialised"),
-    ("copy_async", 3, {"dynamic": 128}, "out of bounds: thread 31 reads"),
-    ("divergent_exit", 1, {"threads": 64}, r"divergence: .* 63 threads .* in __syncthreads .* 1 thread .*40\) ended"),
-    ("divergent_site", 1, {"threads": 64}, "divergence: thread 0 waits in __syncthreads"),
-    ("shuffle_lane_missing", 1, {}, r"divergence: .* in __shfl_xor_sync .* 1 thread .*9\) ended"),
-    ("shuffle_from_outside", 1, {}, "shuffle: thread 0 reads lane 20, which does not take part"),
-    ("shuffle_meets_vote", 1, {}, "divergence: .*__any_sync"),
-    ("too_large_static", 1, {}, "shared memory: with second the block has 49168 bytes of static"),
-    ("last_dynamic_byte", 256, {**BIG, "threads": 1}, "out of bounds: thread 0 writes 1 bytes"),
-]
-
-
-@pytest.mark.parametrize(("kernel", "n", "shape", "message"), FAULTS, ids=[f"{f[0]}-{f[1]}" for f in FAULTS])
-def test_fault_is_reported_and_survived(emulator: Emulator, kernel: str, n: int, shape: dict, message: str) -> None:
-    error = emulator.fault(kernel, n, **shape)
-    assert error is not None, "the fault was not seen"
-    assert re.search(message, error), error
-    assert "[kernel faults.cu:" in error or kernel.startswith("last_"), error
-    if kernel != "too_large_static":
-        assert emulator.fault(kernel, 0, **shape) is None, "the kernel without its fault"
-
-
-def test_faultless_kernels_pass(emulator: Emulator) -> None:
-    assert emulator.fault("halves_of_a_word", threads=64) is None
-    assert emulator.fault("large_static", threads=64) is None
-
-
-@pytest.mark.parametrize(("architecture", "limit"), [(80, 163 * 1024), (90, 227 * 1024)])
-def test_shared_memory_is_limited(emulator: Emulator, architecture: int, limit: int) -> None:
-    emulator.set(architecture=architecture)
-    assert emulator.fault("last_dynamic_byte", limit - 1, threads=1, dynamic=limit) is None
-    assert f"{limit} are possible" in emulator.fault("last_dynamic_byte", 0, threads=1, dynamic=limit + 1)
-    assert f"{limit} together" in emulator.fault("large_static", threads=1, dynamic=limit - 1024)
-
-
-def test_impossible_launches_are_refused(emulator: Emulator) -> None:
-    assert "1 to 1024 are possible" in emulator.fault("divergent_exit", threads=1025)
-    assert "a block of 0 threads" in emulator.fault("divergent_exit", threads=0)
-    assert "0 x 1 x 1 blocks" in emulator.fault("divergent_exit", blocks=0)
-
-
-def test_checks_can_be_switched_off(emulator: Emulator) -> None:
-    emulator.set(races=0)
-    assert emulator.fault("race_two_writers", 1, threads=64) is None
-    emulator.set(checks=0)
-    assert emulator.fault("write_to_input", 1) is None
-    assert "divergence" in emulator.fault("divergent_exit", 1, threads=64)
-    with pytest.raises(ValueError, match="speed"):
-        emulator.set(speed=1)
-
-
-def test_a_seed_changes_the_order_of_blocks(emulator: Emulator) -> None:
-    emulator.set(checks=0)
-    last = set()
-    for seed in range(5):
-        emulator.set(seed=seed)
-        y = np.zeros(32, np.float32)
-        assert emulator.call(emulator.library.run_fault, "blocks_share_output", y, n=1, blocks=9) is None
-        last.add(float(y[0]))
-    assert len(last) > 1
-
-
-# ---- counts
-
-
-def loads(emulator: Emulator, function: str, space: str = "shared") -> tuple[int, int]:
-    """(cost, ideal) of a kernel's reads."""
-    sites = [
-        s for s in emulator.report() if s["function"].endswith(function) and not s["write"] and s["space"] == space
-    ]
-    assert len(sites) == 1, sites
-    assert sites[0]["file"] == "faults.cu"
-    assert sites[0]["accesses"] == 1
-    return sites[0]["cost"], sites[0]["ideal"]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "wavefronts", "ideal"),
-    [
-        ("strided_4", 1, 1, 1),
-        ("strided_4", 2, 2, 1),
-        ("strided_4", 32, 32, 1),
-        ("strided_4", 33, 1, 1),
-        ("strided_4", 0, 1, 1),  # one word for all
-        ("strided_8", 2, 2, 2),
-        ("strided_8", 4, 4, 2),
-        ("strided_16", 4, 4, 4),
-        ("strided_16", 8, 8, 4),
-        ("strided_16", 36, 4, 4),  # rows of 36 words: the usual padding of mma tiles
-        ("strided_16", 32, 32, 4),
-    ],
-)
-def test_bank_conflicts_are_counted(emulator: Emulator, kernel: str, stride: int, wavefronts: int, ideal: int) -> None:
-    emulator.set(counts=1)
-    assert emulator.fault(kernel, stride, dynamic=16384) is None
-    assert loads(emulator, kernel) == (wavefronts, ideal)
-
-
-@pytest.mark.parametrize(("stride", "sectors", "ideal"), [(1, 4, 4), (2, 8, 4), (8, 32, 4), (0, 1, 1)])
-def test_memory_sectors_are_counted(emulator: Emulator, stride: int, sectors: int, ideal: int) -> None:
-    emulator.set(counts=1)
-    a = np.zeros(512, np.int32)
-    start = -a.ctypes.data // 4 % 8  # words to the next sector
-    y = np.zeros(32, np.int32)
-    assert emulator.call(emulator.library.run_fault, "strided_global", y, a[start:], n=stride) is None
-    assert loads(emulator, "strided_global", "global") == (sectors, ideal)
 
 
 # ---- the same sources on the real compiler
@@ -463,7 +277,5 @@ def test_nvcc_compiles_the_same_sources(tmp_path: Path, source: Path, architectu
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     command = [str(NVCC), "-std=c++17", "-Werror", "all-warnings", target, f"-I{ROOT / 'csrc'}"]
     command += ["-cubin", "-o", str(tmp_path / "kernels.cubin"), str(source)]
-    run = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(tmp_path)}
-    )
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]

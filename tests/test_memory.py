@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,24 @@ def test_calls_leave_no_memory_behind(bytes_in_use: Callable[[], int], algorithm
         before = bytes_in_use()
         for _ in range(count):
             call(x, weight, backend="cpu", algorithm=algorithm)
+        return bytes_in_use() - before
+
+    use(200)
+    assert min(use(CALLS) for _ in range(3)) < 16 * CALLS
+
+
+@pytest.mark.skipif(cpu.BACKEND.unavailable() is not None, reason=f"backend cpu: {cpu.BACKEND.unavailable()}")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fused_calls_leave_no_memory_behind(bytes_in_use: Callable[[], int], mode: Callable[[], Any]):
+    model = torch.nn.ModuleDict({n: lutgemm.BCQLinear.from_weight(OpCase().weight()) for n in ("w1", "w3")})
+    assert lutgemm.fuse(model) == 1
+
+    def use(count: int) -> int:
+        before = bytes_in_use()
+        with mode():
+            x = torch.randn(1, 72)
+            for _ in range(count):
+                model["w1"](x), model["w3"](x)
         return bytes_in_use() - before
 
     use(200)

@@ -219,6 +219,7 @@ def test_bad_build_settings_are_refused(tmp_path: Path, environment: dict[str, s
 
 
 @needs_sources
+@needs_compiler
 @pytest.mark.skipif(NO_NVCC is not None, reason=str(NO_NVCC))
 def test_the_gpu_part_is_built_where_it_is_asked_for(tmp_path: Path) -> None:
     """For a torch without CUDA it is built on demand only, is well-formed, and stays unloaded."""

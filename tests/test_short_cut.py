@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lutgemm
-from lutgemm import ops
+from lutgemm import choices, ops
 from lutgemm.backends import cpu, forget_choices
 from lutgemm.nn import QuantizedLinear
 from lutgemm.ops import linear
@@ -165,16 +166,16 @@ def test_choices_are_kept_for_few_tokens_only(layer):
     with torch.no_grad():
         for m in (1, 4, 1000):
             layer(torch.zeros(m, 72))
-    choices = layer.weight_record.choices
-    assert sorted(key[0] for key in choices) == [(1, 72), (4, 72)]
+    kept = layer.weight_record.choices
+    assert sorted(key[0] for key in kept) == [(1, 72), (4, 72)]
     layer.accuracy = "exact"
     with torch.no_grad():
         layer(torch.zeros(1, 72))
-    assert len(choices) == 3
+    assert len(kept) == 3
     forget_choices()
     with torch.no_grad():
         layer(torch.zeros(1, 72))
-    assert len(choices) == 4
+    assert len(kept) == 4
     with pytest.raises(lutgemm.ArgumentError, match="accuracy='best' is unknown"), torch.no_grad():
         linear(X, layer.weight_record, accuracy="best")
 
@@ -185,7 +186,7 @@ def test_a_choice_is_of_an_instruction_set(layer, monkeypatch):
     backend = dataclasses.replace(cpu.BACKEND, choose=lambda problem: chosen.get(cpu.isa(), own))
     monkeypatch.setattr(sys.modules["lutgemm.backends"], "registry", lambda: {"cpu": backend})
     forget_choices()
-    choose = getattr(ops, f"{layer.format}_choice")
+    choose = getattr(choices, f"{layer.format}_choice")
     picked = []
     for m in (1, 1000):
         for isa in ("scalar", cpu.available_isas()[-1], "scalar"):
@@ -199,3 +200,140 @@ def test_a_wrong_argument_is_refused_on_both_ways(layer):
     for mode in (torch.no_grad, torch.enable_grad):
         with mode(), pytest.raises(lutgemm.ArgumentError, match=r"x: got shape \[4, 71\]"):
             layer(X[:, :71])
+
+
+# Calls that are kept ready: the second of a kind goes straight to the C++ operator.
+
+compiled = pytest.mark.skipif(cpu.BACKEND.unavailable() is not None, reason=f"backend cpu: {cpu.BACKEND.unavailable()}")
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of the functions of the cpu backend."""
+    seen: list[str] = []
+    backend = cpu.BACKEND
+    changes = {}
+    for name in ("bcq_linear", "codebook_linear"):
+        function = getattr(backend, name)
+        changes[name] = lambda *arguments, name=name, function=function: seen.append(name) or function(*arguments)
+    watched = dataclasses.replace(backend, **changes)
+    monkeypatch.setattr(sys.modules["lutgemm.backends"], "registry", lambda: {"cpu": watched})
+    forget_choices()
+    yield seen
+    forget_choices()
+
+
+@compiled
+def test_the_second_call_of_a_kind_goes_to_the_operator(layer, kernel_calls):
+    xs = [X, X[:1], X[None], X.bfloat16()]
+    for x in xs:
+        layer.bias = torch.nn.Parameter(layer.bias.detach().to(x.dtype), requires_grad=False)
+        first = layer(x)
+        calls = len(kernel_calls)
+        with torch.inference_mode():
+            assert torch.equal(layer(x), first)
+            assert torch.equal(linear(x, layer.weight_record, layer.bias), first)
+        assert torch.equal(layer(x.flip(0).flip(0)), first)
+        assert len(kernel_calls) == calls
+    assert len(kernel_calls) == len(xs)
+    layer.accuracy = "fast"
+    layer(X.bfloat16())
+    assert len(kernel_calls) == len(xs) + 1
+    with torch.no_grad():
+        layer.scales.mul_(1)
+    layer(X.bfloat16())
+    assert len(kernel_calls) == len(xs) + 2
+
+
+@compiled
+def test_memory_that_is_not_contiguous(layer):
+    expected = layer(X)
+    wide = torch.stack([X, X], -1)[..., 0]
+    assert not wide.is_contiguous()
+    for _ in range(3):
+        assert torch.equal(layer(wide), expected)
+    layer.bias = torch.nn.Parameter(torch.stack([layer.bias.detach()] * 2, -1)[:, 0], requires_grad=False)
+    assert not layer.bias.is_contiguous()
+    for _ in range(3):
+        assert torch.equal(layer(X), expected)
+
+
+@compiled
+def test_a_ready_call_refuses_what_the_first_one_does(layer):
+    weight, bias = layer.weight_record, layer.bias
+    for _ in range(2):
+        linear(X, weight, bias)
+    for wrong, message in (
+        (torch.zeros(19), r"bias: got torch.float32 \[19\]"),
+        (torch.zeros(20, 1), r"bias: got torch.float32 \[20, 1\]"),
+        (torch.zeros(20, dtype=torch.float16), "bias: got torch.float16"),
+        (torch.zeros(20, device="meta"), "bias: got .* on meta"),
+    ):
+        with pytest.raises(lutgemm.ArgumentError, match=message):
+            linear(X, weight, wrong)
+    with pytest.raises(lutgemm.ArgumentError, match="x is on meta"):
+        linear(X.to("meta"), weight, bias)
+    with pytest.raises(lutgemm.ArgumentError, match="takes a"):
+        (lutgemm.codebook_linear if layer.format == "bcq" else lutgemm.bcq_linear)(X, weight, bias)
+
+
+@compiled
+def test_an_error_of_the_operator_is_not_hidden(layer, monkeypatch):
+    layer(X)
+    (choice,) = layer.weight_record.choices.values()
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("no more memory")
+
+    choice.ready.operator = broken
+    with pytest.raises(RuntimeError, match="no more memory"):
+        layer(X)
+
+
+@compiled
+def test_tensors_that_were_replaced_or_changed_are_seen_by_ready_calls(layer):
+    def fresh() -> torch.Tensor:
+        with torch.inference_mode(False):
+            tensors = {name: t.detach().clone() for name, t in layer.weight_record.tensors.items()}
+            return linear(X, type(layer.weight_record)(layer.layout, tensors), layer.bias)
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        layer(X), layer(X)
+        with mode():
+            layer.scales.mul_(2)
+            assert torch.equal(layer(X), fresh())
+            assert torch.equal(layer(X), fresh())
+    layer.scales = torch.nn.Parameter(layer.scales.detach() * 2, requires_grad=False)
+    assert torch.equal(layer(X), fresh())
+    layer.codes = layer.codes.flip(1)
+    assert torch.equal(layer(X), fresh())
+    layer.scales.data = layer.scales.data * 2
+    assert torch.equal(layer(X), fresh())
+    layer.scales.data.mul_(2)
+    layer.weight_record.repack()
+    assert torch.equal(layer(X), fresh())
+    layer.scales.requires_grad_(True)
+    assert layer(X).requires_grad
+    del layer.scales
+    with pytest.raises((KeyError, AttributeError)):
+        layer(X)
+
+
+@compiled
+def test_ready_calls_keep_no_layout(layer):
+    layer(X)
+    (choice,) = layer.weight_record.choices.values()
+    gone = weakref.ref(choice.ready.layout(layer._parameters, layer._buffers))
+    assert gone() is not None
+    layer.weight_record.repack()
+    assert gone() is None
+    assert choice.ready.layout(layer._parameters, layer._buffers) is None
+    layer(X)
+    assert choice.ready.layout(layer._parameters, layer._buffers) is not None
+
+
+def test_a_weight_keeps_no_more_choices_than_some(layer, monkeypatch):
+    monkeypatch.setattr(choices, "MOST_CHOICES", 3)
+    for m in range(1, 9):
+        layer(torch.zeros(m, 72))
+        assert len(layer.weight_record.choices) <= 3

@@ -15,22 +15,26 @@ constexpr int64_t kPrefetchBytes = 12 << 10;
 
 }  // namespace
 
-TileTokensX make_tile_tokens(const PackedBytes& weight, int64_t first, int64_t count) {
+TileTokensX make_tile_tokens(const PackedBytes& weight, Accuracy accuracy, int64_t first, int64_t count) {
   TileTokensX t;
+  const bool fast = accuracy == Accuracy::kFast;
+  t.accuracy = accuracy;
   t.first = first;
   t.count = count;
+  t.q_bytes = kTileFeatures * int64_t(fast ? sizeof(int8_t) : sizeof(int16_t));
+  t.q_steps = fast ? kFastSteps : 1;
   const int64_t all = weight.spans * count;
   thread_local ThreadScratch kept;
-  uint8_t* data = kept.get(all * (kTileFeatures * int64_t(sizeof(int16_t)) + 2 * int64_t(sizeof(float))), t.large);
-  t.q = reinterpret_cast<int16_t*>(data);
-  t.steps = reinterpret_cast<float*>(t.q + all * kTileFeatures);
-  t.sums = t.steps + all;
+  t.q = kept.get(all * (t.q_bytes + (t.q_steps + 1) * int64_t(sizeof(float))), t.large);
+  t.steps = reinterpret_cast<float*>(t.q + all * t.q_bytes);
+  t.sums = t.steps + all * t.q_steps;
   return t;
 }
 
 #if LUTGEMM_X86
 void prepare_tile_spans(const PackedBytes& weight, const Io& io, int64_t begin, int64_t end, TileTokensX& tokens) {
   alignas(64) float x[kTileFeatures];
+  const auto round = tokens.accuracy == Accuracy::kFast ? vbmi::round_to_bytes : vbmi::round_to_words;
   for (int64_t s = begin; s < end; ++s) {
     const Span span = span_at(weight, s);
     const int64_t first = span.slice * 8, count = std::min(weight.K - first, span.slices * 8);
@@ -40,17 +44,17 @@ void prepare_tile_spans(const PackedBytes& weight, const Io& io, int64_t begin, 
           static_cast<const uint8_t*>(io.x) + ((tokens.first + m) * weight.K + first) * dtype_bytes(io.dtype);
       load_floats(Isa::kAvx512Vbmi, io.dtype, source, count, x);
       std::memset(x + count, 0, sizeof x - size_t(count) * sizeof(float));
-      vbmi::round_activations(weight.uniform, x, tokens.q + at * kTileFeatures, &tokens.steps[at], &tokens.sums[at]);
+      round(weight.uniform, x, tokens.q + at * tokens.q_bytes, tokens.steps + at * tokens.q_steps, &tokens.sums[at]);
     }
   }
 }
 
 void tile_gemm_chunks(const PackedBytes& weight, const Io& io, const TileTokensX& tokens, int64_t begin, int64_t end) {
   const int64_t block_floats = tokens.count * kByteRows;
+  const auto add_tile = tokens.accuracy == Accuracy::kFast ? vbmi::add_tile_of_bytes : vbmi::add_tile_of_words;
   thread_local ThreadScratch kept;
   Scratch<uint8_t> large;
-  auto* y =
-      reinterpret_cast<float*>(kept.get(weight.chunk_blocks * block_floats * int64_t(sizeof(float)), large));
+  auto* y = reinterpret_cast<float*>(kept.get(weight.chunk_blocks * block_floats * int64_t(sizeof(float)), large));
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t blocks = weight.blocks_in(chunk);
     std::memset(y, 0, size_t(blocks * block_floats) * sizeof(float));
@@ -60,9 +64,9 @@ void tile_gemm_chunks(const PackedBytes& weight, const Io& io, const TileTokensX
       for (int64_t block = 0; block < blocks; ++block) {
         const Piece piece = piece_at(weight, span, chunk, block);
         const uint8_t* start = span.starts_group ? piece.scales : piece.codes;
-        vbmi::add_tile({&weight, piece.scales, piece.codes, start + kPrefetchBytes, span.bytes, span.slices,
-                        tokens.count, tokens.q + at * kTileFeatures, tokens.steps + at, tokens.sums + at,
-                        y + block * block_floats});
+        add_tile({&weight, piece.scales, piece.codes, start + kPrefetchBytes, span.bytes, span.slices, tokens.count,
+                  tokens.q + at * tokens.q_bytes, tokens.steps + at * tokens.q_steps, tokens.sums + at,
+                  y + block * block_floats});
       }
     }
     for (int64_t block = 0; block < blocks; ++block) {

@@ -14,44 +14,10 @@
 #include "tile_gemm.h"
 
 LUTGEMM_TARGET_AVX512VBMI_BEGIN
+#include "tile_decode_vbmi.h"
+
 namespace lutgemm::vbmi {
 namespace {
-
-using avx512::ByteScales;
-using avx512::kLanes;
-using avx512::kVectors;
-using avx512::load16;
-
-constexpr int64_t kPairs = kTileFeatures / 2;
-constexpr int kNibble = 4;  // planes of a bit matrix
-
-// What a row block's part of a span is to all its tokens.
-struct Tile {
-  alignas(64) int32_t w[kPairs][kByteRows];  // two k of a row, 16 bits each
-  alignas(64) float unit[kByteRows], zero[kByteRows];
-};
-
-// The code bytes of a slice, unfolded, as in byte_words_vbmi.cpp.
-inline __m512i load_codes(const uint8_t* codes) {
-  const __m512i matrix = _mm512_set1_epi64(int64_t(0x8182'8488'90A0'C080));
-  return _mm512_gf2p8affine_epi64_epi8(_mm512_loadu_si512(codes), matrix, 0x80);
-}
-
-// Up to 4 planes of a slice -> bytes (p0, p1, p2, p3) of 16 rows in each of 4 vectors.
-template <int kPlanes>
-inline void interleave(const uint8_t* codes, __m512i (&out)[kVectors]) {
-  const __m512i none = _mm512_setzero_si512();
-  const __m512i a = load_codes(codes), b = kPlanes > 1 ? load_codes(codes + kByteRows) : none;
-  const __m512i c = kPlanes > 2 ? load_codes(codes + 2 * kByteRows) : none;
-  const __m512i d = kPlanes > 3 ? load_codes(codes + 3 * kByteRows) : none;
-  const __m512i ab[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
-  const __m512i cd[2] = {_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d)};
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    out[2 * i] = _mm512_unpacklo_epi16(ab[i], cd[i]);
-    out[2 * i + 1] = _mm512_unpackhi_epi16(ab[i], cd[i]);
-  }
-}
 
 // Bits of k = 2 pair and 2 pair + 1: 16-bit words for both k of each row. Of even rows in bits 4 to 7, of odd ones in
 // bits 0 to 3, the first plane highest; the other 4 bits are the neighbour's.
@@ -60,21 +26,17 @@ inline __m512i two_k(__m512i matrices, int pair) {
   return _mm512_gf2p8affine_epi64_epi8(select, matrices, 0);
 }
 
-// Shift counts of words: `even` for the rows 0, 2, ..., `odd` for the others.
-inline __m512i by_row(int even, int odd) {
-  return _mm512_set1_epi64(int64_t(even * 0x0001'0001ULL | (uint64_t(odd) * 0x0001'0001ULL) << 32));
-}
-
 // The integers of 16 rows and 2 k, shifted up to 4 or 8 bits.
 template <int kHigh, int kLow>
 struct Uniform {
+  static constexpr int kParts = 4, kMost = kMostUniform, kZero = 0;
   Uniform(const TileTask&, int, const float*) {}
   __m512i operator()(__m512i high, __m512i low, int pair) const {
     const __m512i nibble = _mm512_set1_epi16(0x0F);
     const __m512i u = two_k(high, pair);
-    if (kLow == 0) return _mm512_and_si512(_mm512_srlv_epi16(u, by_row(4, 0)), nibble);
-    const __m512i above = _mm512_and_si512(_mm512_sllv_epi16(u, by_row(0, 4)), _mm512_set1_epi16(0xF0));
-    const __m512i below = _mm512_srlv_epi16(two_k(low, pair), by_row(4, 0));
+    if (kLow == 0) return _mm512_and_si512(_mm512_srlv_epi32(u, by_row(4, 0)), nibble);
+    const __m512i above = _mm512_and_si512(_mm512_sllv_epi32(u, by_row(0, 4)), _mm512_set1_epi16(0xF0));
+    const __m512i below = _mm512_srlv_epi32(two_k(low, pair), by_row(4, 0));
     return _mm512_ternarylogic_epi64(above, below, nibble, 0xF8);  // a | (b & c)
   }
 };
@@ -96,14 +58,12 @@ constexpr RowBits kRowBits;
 struct Levels {
   __m512i low, high;
 
-  // In units of w. base: added to each level.
-  Levels(__m512 first, __m512 second, __m512 base) {
-    const __m512i both = _mm512_cvtps_epi32(_mm512_add_ps(base, _mm512_add_ps(first, second)));
-    const __m512i one = _mm512_cvtps_epi32(_mm512_add_ps(base, _mm512_sub_ps(first, second)));
-    const __m512i two = _mm512_cvtps_epi32(_mm512_add_ps(base, _mm512_sub_ps(second, first)));
-    const __m512i none = _mm512_cvtps_epi32(_mm512_sub_ps(base, _mm512_add_ps(first, second)));
-    const __m512i below = _mm512_mask_blend_epi16(0xAAAA'AAAAu, none, _mm512_slli_epi32(two, 16));
-    const __m512i above = _mm512_mask_blend_epi16(0xAAAA'AAAAu, one, _mm512_slli_epi32(both, 16));
+  // base: added to each level.
+  Levels(const FreeRow& row, int pair, __m512 base) {
+    __m512i level[4];
+    row.levels(pair, base, level);
+    const __m512i below = _mm512_mask_blend_epi16(0xAAAA'AAAAu, level[0], _mm512_slli_epi32(level[1], 16));
+    const __m512i above = _mm512_mask_blend_epi16(0xAAAA'AAAAu, level[2], _mm512_slli_epi32(level[3], 16));
     low = _mm512_unpacklo_epi32(below, above);
     high = _mm512_unpackhi_epi32(below, above);
   }
@@ -119,106 +79,23 @@ struct Levels {
 // 16 rows and 2 k: the sum over planes, two at a time, each rounded to the row's unit.
 template <int kHigh, int kLow>
 struct Free {
-  static constexpr int kBits = kHigh + kLow, kLookUps = (kBits + 1) / 2;
+  static constexpr int kParts = 4, kMost = kMostFree, kZero = 0, kLookUps = (kHigh + kLow + 1) / 2;
   Levels levels[kLookUps];
 
-  Free(const TileTask& task, int r, const float* unit) {
-    const ByteScales scales(*task.weight, task.scales);
-    const __m512 size = _mm512_loadu_ps(unit + r * kLanes), none = _mm512_setzero_ps();
-    // A unit whose reciprocal overflows belongs to weights below 1e-34: zeros.
-    const __mmask16 usable = _mm512_cmp_ps_mask(size, _mm512_set1_ps(std::numeric_limits<float>::min()), _CMP_GE_OQ);
-    const __m512 inverse = _mm512_maskz_div_ps(usable, _mm512_set1_ps(1.0f), size);
-    for (int p = 0; p < kLookUps; ++p) {
-      const __m512 base = p == 0 && scales.has_offsets ? scales.sum_term(r) : none;
-      const __m512 second = 2 * p + 1 < kBits ? scales.plane(2 * p + 1, r) : none;
-      levels[p] = Levels(_mm512_mul_ps(scales.plane(2 * p, r), inverse), _mm512_mul_ps(second, inverse),
-                         _mm512_mul_ps(base, inverse));
-    }
+  Free(const TileTask& task, int r, const float* units) {
+    const FreeRow row(task, r, units);
+    for (int p = 0; p < kLookUps; ++p) levels[p] = Levels(row, p, p == 0 ? row.offset() : _mm512_setzero_ps());
   }
   __m512i operator()(__m512i high, __m512i low, int pair) const {
     __m512i u = two_k(high, pair);
-    __m512i w = levels[0](_mm512_srlv_epi16(u, by_row(6, 2)));
-    if constexpr (kHigh > 2) w = _mm512_add_epi16(w, levels[1](_mm512_srlv_epi16(u, by_row(4, 0))));
+    __m512i w = levels[0](_mm512_srlv_epi32(u, by_row(6, 2)));
+    if constexpr (kHigh > 2) w = _mm512_add_epi16(w, levels[1](_mm512_srlv_epi32(u, by_row(4, 0))));
     if constexpr (kLow > 0) {
       u = two_k(low, pair);
-      w = _mm512_add_epi16(w, levels[2](_mm512_srlv_epi16(u, by_row(6, 2))));
+      w = _mm512_add_epi16(w, levels[2](_mm512_srlv_epi32(u, by_row(6, 2))));
     }
-    if constexpr (kLow > 2) w = _mm512_add_epi16(w, levels[3](_mm512_srlv_epi16(u, by_row(4, 0))));
+    if constexpr (kLow > 2) w = _mm512_add_epi16(w, levels[3](_mm512_srlv_epi32(u, by_row(4, 0))));
     return w;
-  }
-};
-
-// Units and zeros of 16 rows.
-inline void set_units(const TileTask& task, int r, Tile& tile) {
-  const PackedBytes& weight = *task.weight;
-  const ByteScales scales(weight, task.scales);
-  __m512 unit, zero = _mm512_setzero_ps();
-  if (weight.uniform) {
-    const float shift = std::ldexp(1.0f, (weight.bits > kNibble ? 8 : 4) - weight.bits);
-    const __m512 middle = _mm512_set1_ps(float((1 << weight.bits) - 1) / 2);
-    unit = _mm512_mul_ps(load16(task.scales, weight.scale_dtype, r * kLanes), _mm512_set1_ps(1.0f / shift));
-    zero = _mm512_mul_ps(_mm512_sub_ps(middle, scales.sum_term(r)), _mm512_set1_ps(shift));
-  } else {
-    const int look_ups = (weight.bits + 1) / 2;
-    __m512 most = scales.has_offsets ? _mm512_abs_ps(scales.sum_term(r)) : zero;
-    for (int b = 0; b < weight.bits; ++b) most = _mm512_add_ps(most, _mm512_abs_ps(scales.plane(b, r)));
-    unit = _mm512_mul_ps(most, _mm512_set1_ps(1.0f / (float(kMostFree) - 0.5f * float(look_ups) - 0.5f)));
-  }
-  _mm512_store_ps(tile.unit + r * kLanes, unit);
-  _mm512_store_ps(tile.zero + r * kLanes, zero);
-}
-
-template <template <int, int> class Decode, int kHigh, int kLow>
-void dequantize(const TileTask& task, Tile& tile) {
-  const int64_t slice_bytes = task.weight->bits * kByteRows;
-  alignas(64) __m512i high[kSpanSlices][kVectors], low[kLow ? kSpanSlices : 1][kVectors];
-  for (int64_t j = 0; j < task.slices; ++j) {
-    const uint8_t* codes = task.codes + j * slice_bytes;
-    interleave<kHigh>(codes, high[j]);
-    if constexpr (kLow > 0) interleave<kLow>(codes + kNibble * kByteRows, low[j]);
-  }
-  for (int r = 0; r < kVectors; ++r) {
-    const Decode<kHigh, kLow> decode(task, r, tile.unit);
-    for (int64_t j = 0; j < task.slices; ++j) {
-#pragma GCC unroll 4
-      for (int pair = 0; pair < 4; ++pair) {
-        _mm512_store_si512(tile.w[4 * j + pair] + r * kLanes, decode(high[j][r], low[kLow ? j : 0][r], pair));
-      }
-    }
-  }
-}
-
-template <template <int, int> class Decode>
-void dequantize(const TileTask& task, Tile& tile) {
-  switch (task.weight->bits) {
-    case 1:
-      return dequantize<Decode, 1, 0>(task, tile);
-    case 2:
-      return dequantize<Decode, 2, 0>(task, tile);
-    case 3:
-      return dequantize<Decode, 3, 0>(task, tile);
-    case 4:
-      return dequantize<Decode, 4, 0>(task, tile);
-    case 5:
-      return dequantize<Decode, 4, 1>(task, tile);
-    case 6:
-      return dequantize<Decode, 4, 2>(task, tile);
-    case 7:
-      return dequantize<Decode, 4, 3>(task, tile);
-    default:
-      return dequantize<Decode, 4, 4>(task, tile);
-  }
-}
-
-// The lines of a piece that is read soon, asked for one at a time between products: asked for at once they fill the
-// miss buffers and hold everything up.
-struct Prefetch {
-  const uint8_t *at, *end;
-
-  void next() {
-    if (at >= end) return;
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-    at += 64;
   }
 };
 
@@ -228,14 +105,14 @@ void multiply(const TileTask& task, const Tile& tile, int64_t first, Prefetch& p
   for (auto& token : sum) {
     for (auto& v : token) v = _mm512_setzero_si512();
   }
-  const int16_t* q = task.q + first * kTileFeatures;
+  const auto* q = static_cast<const int16_t*>(task.q) + first * kTileFeatures;
   const int64_t pairs = task.slices * 4;
   for (int64_t p = 0; p < pairs; ++p, q += 2) {
     prefetch.next();
     __m512i w[kVectors];
 #pragma GCC unroll 4
     for (int r = 0; r < kVectors; ++r) w[r] = _mm512_load_si512(tile.w[p] + r * kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 4
     for (int m = 0; m < kTokens; ++m) {
       int32_t both;
       __builtin_memcpy(&both, q + m * kTileFeatures, sizeof both);
@@ -244,7 +121,7 @@ void multiply(const TileTask& task, const Tile& tile, int64_t first, Prefetch& p
       for (int r = 0; r < kVectors; ++r) sum[m][r] = _mm512_dpwssd_epi32(sum[m][r], w[r], x);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 4
   for (int m = 0; m < kTokens; ++m) {
     const __m512 step = _mm512_set1_ps(task.steps[first + m]), total = _mm512_set1_ps(task.sums[first + m]);
 #pragma GCC unroll 4
@@ -276,7 +153,8 @@ void multiply(const TileTask& task, const Tile& tile) {
 
 }  // namespace
 
-void round_activations(bool uniform, const float* x, int16_t* q, float* step, float* sum) {
+void round_to_words(bool uniform, const float* x, void* q, float* step, float* sum) {
+  auto* out = static_cast<int16_t*>(q);
   __m512 total = _mm512_setzero_ps(), largest = total;
   for (int64_t i = 0; i < kTileFeatures; i += kLanes) {
     const __m512 size = _mm512_abs_ps(_mm512_load_ps(x + i));
@@ -290,14 +168,13 @@ void round_activations(bool uniform, const float* x, int16_t* q, float* step, fl
   for (int64_t i = 0; i < kTileFeatures; i += kLanes) {
     const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + i), _mm512_set1_ps(inverse)));
     counted = _mm512_add_epi32(counted, v);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm512_cvtepi32_epi16(v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi32_epi16(v));
   }
   *sum = float(_mm512_reduce_add_epi32(counted)) * *step;
 }
 
-void add_tile(const TileTask& task) {
+void add_tile_of_words(const TileTask& task) {
   Tile tile;
-  for (int r = 0; r < kVectors; ++r) set_units(task, r, tile);
   if (task.weight->uniform) {
     dequantize<Uniform>(task, tile);
     multiply<true>(task, tile);

@@ -41,8 +41,8 @@ constexpr MmaSteps mma_steps(int64_t K, int64_t group_size, int planes, int vec_
 
 // codes   uint8 [ceil(N / 16), to an even number][chunks][32 lanes][8 items][2 rows]: lane 4 * r + t has rows r, r + 8
 // scales  [tiles of 32 rows][G][4 t][4 f][2 i] of row 8 * f + 2 * t + i; fp32, or fp16
-// tables  [planes][1 << codebook_bits][vec_len] of x's dtype; codebook c is the sum of the planes c, c + num_codebooks, ..
-// units   fp32 [2]: y is to be multiplied by both
+// tables  [planes][1 << codebook_bits][vec_len] of x's dtype; codebook c is the sum of the planes c, c + num_codebooks,
+// .. units   fp32 [2]: y is to be multiplied by both
 struct CodebookMmaProblem {
   GpuIo io;  // fp16 or bf16
   int64_t group_size;
@@ -56,11 +56,11 @@ struct CodebookMmaProblem {
 };
 
 struct CodebookMmaPlan {
-  int token_tiles;    // of 8 tokens, in one pass: 1 or 2
-  int splits;         // of K over blocks
-  int split_chunks;   // of all but the last
-  int blocks;         // along N; a block takes every blocks-th tile of 32 rows
-  int copies;         // of a table in shared memory
+  int token_tiles;   // of 8 tokens, in one pass: 1 or 2
+  int splits;        // of K over blocks
+  int split_chunks;  // of all but the last
+  int blocks;        // along N; a block takes every blocks-th tile of 32 rows
+  int copies;        // of a table in shared memory
   int table_bytes, x_bytes, sum_bytes;
 };
 

@@ -3,14 +3,14 @@
 //
 // A block makes the table of one tile (32 units, K * num_codebooks / vec_len = 128 columns) and streams its rows past:
 //
-//   codes   [tile][rows / 4][32 lanes][4 rows][4 columns]   a lane's 16 bytes are its unit of 4 rows, a warp's 512 adjacent
-//   warp    takes a chunk of 32 rows: 8 loads, 128 look-ups a lane, and so 32 partial sums a lane, one a row
+//   codes   [tile][rows / 4][32 lanes][4 rows][4 columns]   a lane's 16 bytes are its unit of 4 rows, a warp's 512
+//   adjacent warp    takes a chunk of 32 rows: 8 loads, 128 look-ups a lane, and so 32 partial sums a lane, one a row
 //   sum     over lanes by a transposing butterfly: 31 shuffles turn 32 rows x 32 lanes into one row a lane
 //   partial fp32 [tile][M][N], added up in order, with the bias, by reduce_splits
 //
 // Counts of a row and tile, warp instructions for 1024 bits of codes: 4 PRMT, 4 LDS (1 wavefront each), 2 IADD3, 1 I2F,
-// 2 FMUL, 4 of the butterfly (1 SHFL), 1 for scales and loads: 18, and 5 shared-memory wavefronts. So an SM can take 205
-// bits a clock, twice what the memory of an H100 brings. Making a table takes as long as gathering 250 to 350 rows.
+// 2 FMUL, 4 of the butterfly (1 SHFL), 1 for scales and loads: 18, and 5 shared-memory wavefronts. So an SM can take
+// 205 bits a clock, twice what the memory of an H100 brings. Making a table takes as long as gathering 250 to 350 rows.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -22,7 +22,8 @@
 namespace lutgemm::cuda {
 namespace {
 
-// 16 warps: all that registers for 32 rows of codes and 16 of scales each allow, and they keep 64 KB of loads in flight.
+// 16 warps: all that registers for 32 rows of codes and 16 of scales each allow, and they keep 64 KB of loads in
+// flight.
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kChunkLoads = kChunkRows / 4;
@@ -33,7 +34,7 @@ LUTGEMM_ANYWHERE constexpr int scale_bytes(PsumWord word) { return word == PsumW
 struct Gather {
   const unsigned char* codes;
   const unsigned char* scales;  // [groups][rows], fp32 for kFloat, else fp16
-  int chunks;  // of 32 rows
+  int chunks;                   // of 32 rows
   float* partial;
 };
 
@@ -146,22 +147,27 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
   const int first_chunk = static_cast<int>(static_cast<int64_t>(blockIdx.y) * gather.chunks / gridDim.y);
   const int end_chunk = static_cast<int>(static_cast<int64_t>(blockIdx.y + 1) * gather.chunks / gridDim.y);
 
-  const unsigned char* codes = gather.codes + static_cast<int64_t>(tile) * gather.chunks * (kChunkRows * kTileRowBytes) + 16 * lane;
+  const unsigned char* codes =
+      gather.codes + static_cast<int64_t>(tile) * gather.chunks * (kChunkRows * kTileRowBytes) + 16 * lane;
   const unsigned char* scales =
       gather.scales + static_cast<int64_t>(group) * gather.chunks * (kChunkRows * scale_bytes(kWord));
 
-  // Weights first: they do not depend on the kernel before this one.
+  // Weights first: they do not depend on the kernel before this one. Scales too, but where building needs the
+  // registers.
+  constexpr bool kScalesFirst = kVec < 16;
   ChunkData<kWord> data;
+  const auto load_scales = [&](int64_t of) {
+#pragma unroll
+    for (int i = 0; i < kScaleLoads; ++i) data.scales[i] = load16(scales + of * (kScaleLoads * 16) + i * 16);
+  };
   int chunk = first_chunk + warp;
   if (chunk < end_chunk) {
 #pragma unroll
     for (int i = 0; i < kChunkLoads; ++i) {
-      data.codes[i] = load_stream16(codes + static_cast<int64_t>(chunk) * (kChunkRows * kTileRowBytes) + i * (4 * kTileRowBytes));
+      data.codes[i] =
+          load_stream16(codes + static_cast<int64_t>(chunk) * (kChunkRows * kTileRowBytes) + i * (4 * kTileRowBytes));
     }
-#pragma unroll
-    for (int i = 0; i < kScaleLoads; ++i) {
-      data.scales[i] = load16(scales + static_cast<int64_t>(chunk) * (kScaleLoads * 16) + i * 16);
-    }
+    if constexpr (kScalesFirst) load_scales(chunk);
   }
   grid_dependency_wait();
 
@@ -178,6 +184,9 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
     }
   }
   build_psumbook<kWord, kVec>(s, staged, first_unit, units, table);
+  if constexpr (!kScalesFirst) {
+    if (chunk < end_chunk) load_scales(chunk);
+  }
   __syncthreads();
   launch_dependents();
 
@@ -187,10 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
     ChunkSum<kWord> sum{data, table, units, more ? codes + next * (kChunkRows * kTileRowBytes) : nullptr, lane};
     float sums[kTokens];
     sum.template rows<kChunkRows, 0>(sums);
-    if (more) {
-#pragma unroll
-      for (int i = 0; i < kScaleLoads; ++i) data.scales[i] = load16(scales + next * (kScaleLoads * 16) + i * 16);
-    }
+    if (more) load_scales(next);
     const int n = chunk * kChunkRows + lane;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
@@ -199,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
   }
 }
 
-// Above 8 codebook_bits a lane's own tables would not fit: here lanes are rows, and share the tables of one or more units.
+// Above 8 codebook_bits a lane's own tables would not fit: here lanes are rows, and share the tables of one or more
+// units.
 constexpr int kWideThreads = 256;
 constexpr int kWideEntries = 4096 * kUnitColumns;  // of a block: 64 KB, so that three blocks fit on an SM
 constexpr int kWideMostVec = 16;
@@ -258,8 +265,8 @@ __global__ void __launch_bounds__(kWideThreads) codegemm_wide_kernel(PsumShape s
   }
 }
 
-// Clocks of an SM. A chunk: its 160 wavefronts, or about as long for its 4 KB at the bandwidth that an SM has of an H100.
-// Building: 2 slices for each entry and step, 5 instructions of overhead, 4 instructions a clock.
+// Clocks of an SM. A chunk: its 160 wavefronts, or about as long for its 4 KB at the bandwidth that an SM has of an
+// H100. Building: 2 slices for each entry and step, 5 instructions of overhead, 4 instructions a clock.
 constexpr int64_t kChunkClocks = 165;
 constexpr int64_t build_clocks(int entries, int vec_len) { return int64_t(entries) * (5 * vec_len / 2 + 5) / 2; }
 
@@ -330,8 +337,10 @@ int64_t codegemm_workspace(const CodegemmProblem& p, const Gpu& gpu) {
 void codegemm(const CodegemmProblem& p, const Gpu& gpu) {
   const CodegemmPlan plan = plan_codegemm(p, gpu.sm_count);
   if (plan.shared_bytes > gpu.shared_bytes) {
-    throw std::runtime_error("codegemm needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, and a block of this GPU gets " +
-                             std::to_string(gpu.shared_bytes) + "; use accuracy \"near-exact\", or algorithm \"dequantize\"");
+    throw std::runtime_error("codegemm needs " + std::to_string(plan.shared_bytes) +
+                             " bytes of shared memory, and a block of this GPU gets " +
+                             std::to_string(gpu.shared_bytes) +
+                             "; use accuracy \"near-exact\", or algorithm \"dequantize\"");
   }
   const int element = p.io.dtype == DType::kFloat32 ? 4 : 2;
   const int chunks = static_cast<int>(ceil_div(p.io.N, kChunkRows));
@@ -355,8 +364,8 @@ void codegemm(const CodegemmProblem& p, const Gpu& gpu) {
                       p.codebooks,
                       p.norms};
     if (p.codebook_bits > 8) {
-      const WideGather gather{static_cast<const uint16_t*>(p.codes), static_cast<const float*>(p.scales), chunks, plan.tile_units,
-                              partial};
+      const WideGather gather{static_cast<const uint16_t*>(p.codes), static_cast<const float*>(p.scales), chunks,
+                              plan.tile_units, partial};
       const LaunchShape shape{dim3(plan.tiles, plan.row_blocks, s.M), dim3(kWideThreads),
                               static_cast<size_t>(plan.shared_bytes), gpu.stream, true};
       launch(codegemm_wide_kernel, shape, s, gather);

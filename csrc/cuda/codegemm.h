@@ -46,17 +46,17 @@ struct CodegemmProblem {
   void* workspace;
 };
 
-// What the entries of a table are: kFloat for fp32 scales; for others kPair14 where tokens come in pairs and accuracy is
-// at most kAccurate, else kInt16.
+// What the entries of a table are: kFloat for fp32 scales; for others kPair14 where tokens come in pairs and accuracy
+// is at most kAccurate, else kInt16.
 enum class PsumWord : int { kFloat = 0, kInt16 = 1, kPair14 = 2 };
 
 struct CodegemmPlan {
   PsumWord word;
-  int tokens;        // of a pass
-  int tile_units;    // of a block
-  int tiles;         // blocks along K: the splits of the workspace
-  int row_blocks;    // blocks along N
-  int slab_tokens;   // of a launch; the grid has slab_tokens / tokens layers
+  int tokens;       // of a pass
+  int tile_units;   // of a block
+  int tiles;        // blocks along K: the splits of the workspace
+  int row_blocks;   // blocks along N
+  int slab_tokens;  // of a launch; the grid has slab_tokens / tokens layers
   int64_t shared_bytes;
 };
 

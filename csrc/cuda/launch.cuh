@@ -85,10 +85,10 @@ inline size_t shared_limit() {
   return static_cast<size_t>(device_facts().shared_limit);
 }  // most shared bytes of a block
 
-// Above 48 KB a kernel must be told on each device how much dynamic shared memory it may get.
+// Where static and dynamic shared memory together exceed 48 KB, a kernel must be told on each device how much of the
+// dynamic kind it may get. Done once for a size, whatever the static part is.
 inline void allow_dynamic_shared(const void* kernel, size_t bytes) {
-  constexpr size_t kAlwaysAllowed = 48 * 1024;
-  if (bytes <= kAlwaysAllowed) return;
+  if (bytes == 0) return;
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, size_t> allowed;
   const std::lock_guard<std::mutex> lock(mutex);

@@ -1,9 +1,10 @@
 // The kernel behind LUT-GEMM and BiQGEMM: signed sums of 8 activations, looked up by bytes of code.
 //
-//   y[m, n] = sum over planes b and slices j of scale[b, n, g] * sign * T[j, m][entry] + sum over g of offset[n, g] * X[g, m]
+//   y[m, n] = sum over planes b and slices j of scale[b, n, g] * sign * T[j, m][entry] + sum over g of offset[n, g] *
+//   X[g, m]
 //
-// with T as in lut_tables.cuh, X[g, m] the sum of x over the group. A block builds tables of some inputs and tokens once
-// and streams its rows through them; then come its next inputs:
+// with T as in lut_tables.cuh, X[g, m] the sum of x over the group. A block builds tables of some inputs and tokens
+// once and streams its rows through them; then come its next inputs:
 //
 //   for each table's worth of inputs:  loads of the first codes | x -> staged -> tables | for each tile of 16 rows:
 //     for each plane:  a word of each of the lane's rows: look up, add    (the registers of a quad of rows are filled
@@ -21,11 +22,28 @@
 
 namespace lutgemm::cuda {
 
+// Strides and counts of LutProblem and LutPlan, as the kernel steps by them.
 struct LutArguments {
-  LutProblem problem;
-  LutPlan plan;
-  float* partial;  // [splits, M, N], or null when there is one split
+  GpuIo io;
+  const uint32_t* codes;
+  const char* scales;
+  const float* scale_unit;
+  float* partial;       // [splits, M, N], or null when there is one split
+  int64_t tile_codes;   // from a tile to the next: words
+  int64_t tile_scales;  // bytes
+  uint64_t group_inverse;
+  int quad_scales;  // of a term, from a quad of rows to the next: bytes
+  int terms, bits;
+  bool offsets;
+  int all_tiles, tiles_of_block, all_tables, tables_of_split;
 };
+
+// word / (words of a group) as a multiplication; exact for words and divisors up to 2^19, all that kMaxFeatures allows:
+// the inverse is too large by at most divisor / 2^40, so that the quotient is by less than 2^38 / 2^40 of 1.
+constexpr int kInverseBits = 40;
+__device__ __forceinline__ int group_of_word(int word, uint64_t inverse) {
+  return static_cast<int>(static_cast<unsigned>(word) * inverse >> kInverseBits);
+}
 
 // Scales of four rows.
 struct NarrowScales {
@@ -53,7 +71,8 @@ struct WideScales {
 // x of a table's inputs and tokens -> shared fp32, 0 beyond K and M, and each word's sum and largest slice. Eight lanes
 // have a word, four inputs each.
 template <class Shape, class T>
-__device__ __forceinline__ void stage_x(const GpuIo& io, int64_t first_input, int64_t first_token, StagedX<Shape>& staged) {
+__device__ __forceinline__ void stage_x(const GpuIo& io, int64_t first_input, int64_t first_token,
+                                        StagedX<Shape>& staged) {
   const T* x = static_cast<const T*>(io.x);
   const bool aligned = io.x_stride % 4 == 0 || io.M == 1;
   float values[Shape::kPieces][4];
@@ -86,7 +105,7 @@ __device__ __forceinline__ void stage_x(const GpuIo& io, int64_t first_input, in
   for (int piece = 0; piece < Shape::kPieces; ++piece) {
     const int place = piece * kLutThreads + threadIdx.x;
     const int token = place / (Shape::kInputs / 4), word = place % (Shape::kInputs / 4) / 8;
-    const float(&v)[4] = values[piece];
+    const float (&v)[4] = values[piece];
     const uint4 bits{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])};
     store16(staged.x + token * Shape::kTokenStride + word * kPaddedWord + threadIdx.x % 8 * 4, bits);
     const float sum = lane_sum<8>((v[0] + v[1]) + (v[2] + v[3]));
@@ -101,7 +120,8 @@ __device__ __forceinline__ void stage_x(const GpuIo& io, int64_t first_input, in
 }
 
 template <class Shape>
-__device__ __forceinline__ void stage_x(const GpuIo& io, int64_t first_input, int64_t first_token, StagedX<Shape>& staged) {
+__device__ __forceinline__ void stage_x(const GpuIo& io, int64_t first_input, int64_t first_token,
+                                        StagedX<Shape>& staged) {
   switch (io.dtype) {
     case DType::kFloat16:
       return stage_x<Shape, __half>(io, first_input, first_token, staged);
@@ -112,55 +132,47 @@ __device__ __forceinline__ void stage_x(const GpuIo& io, int64_t first_input, in
   }
 }
 
-// Grid (row block * token blocks + token block, split).
+// Grid (token block, row block, split): blocks that share codes are neighbours.
 template <class Tables, class Scales, bool kUniform>
 __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
   using Shape = typename Tables::Shape;
   constexpr int kTokens = Shape::kTokens, kQuads = Shape::kQuads;
-  constexpr int kQuadBytes = 4 * Scales::kBytes;
-  const LutProblem& problem = arguments.problem;
-  const LutPlan& plan = arguments.plan;
-  const GpuIo& io = problem.io;
+  const GpuIo& io = arguments.io;
   LUTGEMM_SHARED(StagedX<Shape>, staged, );
   unsigned char* tables = dynamic_shared();
-  float* results = reinterpret_cast<float*>(tables + kTableBytes);  // [token][row]
+  float* results = reinterpret_cast<float*>(tables + kTableBytes);  // [row][kResultStride]
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int word = lane % Shape::kWords, row_lane = lane / Shape::kWords;
   const uint32_t lane_address = word * Shape::kEntryBytes;
+  const int bits = arguments.bits, terms = arguments.terms;
+  const int quad_scales = arguments.quad_scales, term_scales = 4 * quad_scales;
 
-  const int token_blocks = static_cast<int>(plan.token_blocks), group_size = static_cast<int>(problem.group_size);
-  const int64_t first_tile = blockIdx.x / token_blocks * plan.tiles_per_block;
-  const int64_t all_tiles = ceil_div(io.N, kTileRows);
-  const int tiles = static_cast<int>(min(plan.tiles_per_block, all_tiles - first_tile));
-  const int64_t first_token = int64_t(blockIdx.x % token_blocks) * kTokens;
-  const int first_table = static_cast<int>(blockIdx.y * plan.tables_per_split);
-  const int last_table = static_cast<int>(min(first_table + plan.tables_per_split, ceil_div(io.K, Shape::kInputs)));
-
-  const int64_t units = ceil_div(io.K, kUnitInputs);
-  const int bits = problem.bits, terms = kUniform ? 2 : bits + problem.offsets;
-  const int64_t term_bytes = int64_t(problem.slots) * kTileRows * Scales::kBytes;
-  const int64_t tile_codes = units * bits * kPlaneWords, tile_bytes = units * terms * term_bytes;
-  const int64_t to_next_tile = kLutWarps * tile_codes - (bits - 1) * kPlaneWords;
-  const int rows_of_block = static_cast<int>(plan.tiles_per_block * kTileRows);
+  const int64_t first_token = int64_t(blockIdx.x) * kTokens;
+  const int first_tile = blockIdx.y * arguments.tiles_of_block;
+  const int tiles = min(arguments.tiles_of_block, arguments.all_tiles - first_tile);
+  const int first_table = blockIdx.z * arguments.tables_of_split;
+  const int last_table = min(first_table + arguments.tables_of_split, arguments.all_tables);
 
   for (int table = first_table; table < last_table; ++table) {
-    const int first_input = table * Shape::kInputs, unit = first_input / kUnitInputs;
-    const int input = min(first_input + word * kWordInputs, static_cast<int>(io.K) - 1);
-    const int slot = input / group_size - unit * kUnitInputs / group_size;
-    const uint32_t* codes = problem.codes + (first_tile + warp) * tile_codes + int64_t(unit) * bits * kPlaneWords +
-                            row_lane * kQuads * 128 + (first_input % kUnitInputs / kWordInputs + word) * 4;
-    const char* scales = static_cast<const char*>(problem.scales) + (first_tile + warp) * tile_bytes +
-                         unit * terms * term_bytes + (slot * kTileRows + row_lane * Shape::kRows) * Scales::kBytes;
-
+    constexpr int kUnitWords = kUnitInputs / kWordInputs;
+    const int first_word = table * Shape::kWords, unit = first_word / kUnitWords;
+    const uint32_t* codes = arguments.codes + (first_tile + warp) * arguments.tile_codes + unit * bits * kPlaneWords +
+                            row_lane * kQuads * 128 + (first_word % kUnitWords + word) * 4;
     uint4 ahead[kQuads];
-    Scales ahead_scales[kQuads];
     if (warp < tiles) {
 #pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) {
-        ahead[quad] = load_stream16(codes + quad * 128);
-        if (!kUniform) ahead_scales[quad].load(scales + quad * kQuadBytes);
-      }
+      for (int quad = 0; quad < kQuads; ++quad) ahead[quad] = load_stream16(codes + quad * 128);
+    }
+    const int last_word = static_cast<int>((io.K - 1) / kWordInputs);
+    const int slot = group_of_word(min(first_word + word, last_word), arguments.group_inverse) -
+                     group_of_word(unit * kUnitWords, arguments.group_inverse);
+    const char* scales = arguments.scales + (first_tile + warp) * arguments.tile_scales + unit * terms * term_scales +
+                         row_lane * kQuads * quad_scales + slot * 4 * Scales::kBytes;
+    Scales ahead_scales[kQuads];
+    if (warp < tiles && !kUniform) {
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) ahead_scales[quad].load(scales + quad * quad_scales);
     }
 
     if (table == first_table) {
@@ -169,25 +181,26 @@ __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
     } else {
       __syncthreads();  // all warps are through with the last tables
     }
-    stage_x<Shape>(io, first_input, first_token, staged);
+    stage_x<Shape>(io, int64_t(first_word) * kWordInputs, first_token, staged);
     __syncthreads();
     Tables::build(staged, tables);
     __syncthreads();
 
     const char* next_scales = scales;
-    for (int tile = warp; tile < tiles; tile += kLutWarps, scales += kLutWarps * tile_bytes) {
+    for (int tile = warp; tile < tiles; tile += kLutWarps, scales += kLutWarps * arguments.tile_scales) {
       Scales offsets[kQuads], steps[kQuads];  // the uniform kind: centers and s
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
-        if (problem.offsets) offsets[quad].load(scales + (terms - 1) * term_bytes + quad * kQuadBytes);
-        if (kUniform) steps[quad].load(scales + quad * kQuadBytes);
+        if (arguments.offsets) offsets[quad].load(scales + (terms - 1) * term_scales + quad * quad_scales);
+        if (kUniform) steps[quad].load(scales + quad * quad_scales);
       }
       float sums[Shape::kSums] = {};
       for (int plane = 0; plane < bits; ++plane) {
         const bool last = plane == bits - 1, more = !last || tile + kLutWarps < tiles;
-        codes += last ? to_next_tile : kPlaneWords;
-        next_scales = last ? scales + kLutWarps * tile_bytes : next_scales + term_bytes;
-        const float place = __int_as_float((127 + bits - 1 - plane) << 23);  // 2^(bits - 1 - plane), of the uniform kind
+        codes += last ? kLutWarps * arguments.tile_codes - (bits - 1) * kPlaneWords : kPlaneWords;
+        next_scales = last ? scales + kLutWarps * arguments.tile_scales : next_scales + term_scales;
+        const float place =
+            __int_as_float((127 + bits - 1 - plane) << 23);  // 2^(bits - 1 - plane), of the uniform kind
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad) {
           const uint4 code = ahead[quad];
@@ -199,7 +212,7 @@ __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
           Tables::add_word(quad_sums + 3 * kTokens, code.w, kUniform ? place : scale[3], tables, lane_address);
           if (more) {
             ahead[quad] = load_stream16(codes + quad * 128);
-            if (!kUniform) ahead_scales[quad].load(next_scales + quad * kQuadBytes);
+            if (!kUniform) ahead_scales[quad].load(next_scales + quad * quad_scales);
           }
         }
       }
@@ -211,7 +224,7 @@ __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
         for (int row = 0; row < Shape::kRows; ++row) {
           float& sum = sums[row * kTokens + token];
           sum *= unit;
-          if (problem.offsets) sum = fmaf(offsets[row / 4][row % 4], x_sum, sum);
+          if (arguments.offsets) sum = fmaf(offsets[row / 4][row % 4], x_sum, sum);
           if (kUniform) sum *= steps[row / 4][row % 4];
         }
       }
@@ -221,24 +234,24 @@ __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
       for (int i = 0; i < Shape::kSums / kKept; ++i) {
         const int value = lane % kKept + i * kKept;
         const int row = tile * kTileRows + row_lane * Shape::kRows + value / kTokens;
-        float* result = results + value % kTokens * rows_of_block + row;
+        float* result = results + row * Shape::kResultStride + value % kTokens;
         if (word < kKept) *result = table == first_table ? sums[i] : *result + sums[i];
       }
     }
   }
 
   __syncthreads();
-  const float unit = *problem.scale_unit;
-  const int64_t first_row = first_tile * kTileRows;
+  const float unit = *arguments.scale_unit;
+  const int64_t first_row = int64_t(first_tile) * kTileRows;
   const int rows = static_cast<int>(min(int64_t(tiles) * kTileRows, io.N - first_row));
   for (int token = 0; token < kTokens && first_token + token < io.M; ++token) {
     const int64_t m = first_token + token;
     for (int row = threadIdx.x; row < rows; row += kLutThreads) {
-      const float sum = results[token * rows_of_block + row] * unit;
+      const float sum = results[row * Shape::kResultStride + token] * unit;
       if (arguments.partial == nullptr) {
         store_result(io.y, io.bias, io.dtype, io.N, m, first_row + row, sum);
       } else {
-        arguments.partial[(blockIdx.y * io.M + m) * io.N + first_row + row] = sum;
+        arguments.partial[(blockIdx.z * io.M + m) * io.N + first_row + row] = sum;
       }
     }
   }

@@ -2,10 +2,12 @@
 //
 // Both read one layout of the weight (lutgemm/backends/gpu_layouts/lut.py):
 //
-//   codes  uint32 [row tiles][K units][bits][4][32][4]: tile of 16 rows, unit of 1024 inputs, plane, rows 4j..4j+3, word
-//          (32 inputs), row. Byte s of a word is slice s (8 inputs) in folded form: bit 7 says that the slice is negated,
-//          bits 0..6 are the signs of inputs 0..6 after that (1 is plus), input 7 is then plus.
-//   scales fp16 or fp32 [row tiles][K units][terms][slots][16]: slot i is the i-th group that the unit touches.
+//   codes  uint32 [row tiles][K units][bits][4][32][4]: tile of 16 rows, unit of 1024 inputs, plane, rows 4j..4j+3,
+//   word
+//          (32 inputs), row. Byte s of a word is slice s (8 inputs) in folded form: bit 7 says that the slice is
+//          negated, bits 0..6 are the signs of inputs 0..6 after that (1 is plus), input 7 is then plus.
+//   scales fp16 or fp32 [row tiles][K units][terms][4][slots][4]: quad of rows, the i-th group that the unit touches,
+//   row.
 //          Terms are the planes' scales, then the offsets if there are any; of the uniform kind s / 2 and
 //          2 * ((2^bits - 1) / 2 - zero). All but the last are in units of *scale_unit, a power of two.
 //
@@ -35,11 +37,11 @@ struct LutProblem {
   bool offsets;      // there is a term for offsets
   bool wide_scales;  // fp32, else fp16
   Accuracy accuracy;
-  void* workspace;   // of *_workspace() bytes
+  void* workspace;  // of *_workspace() bytes
 };
 
-// How a kernel's tables cut the problem: entries of kEntryBytes hold a few tokens, and every table takes 64 KiB, so more
-// tokens mean fewer inputs at a time.
+// How a kernel's tables cut the problem: entries of kEntryBytes hold a few tokens, and every table takes 64 KiB, so
+// more tokens mean fewer inputs at a time.
 struct LutTables {
   int tokens;
   int entry_bytes;  // 4, 8, 16
@@ -47,8 +49,8 @@ struct LutTables {
   int inputs() const { return 4096 / entry_bytes; }
 };
 
-// A grid of row_blocks * token_blocks times splits blocks. A block takes tiles_per_block tiles of rows (of 16) and
-// inputs_per_split tables' worth of inputs, one after the other.
+// A grid of token_blocks, row_blocks, splits. A block takes tiles_per_block tiles of rows (of 16) and
+// tables_per_split tables' worth of inputs, one after the other.
 struct LutPlan {
   int64_t row_blocks, tiles_per_block;
   int64_t splits, tables_per_split;

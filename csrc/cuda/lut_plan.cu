@@ -1,7 +1,9 @@
 // How LUT-GEMM and BiQGEMM cut a problem into blocks: a search over a model of the clocks that it takes. Host code.
 //
-// The model counts issue slots (lut.cuh derives them) and leaves memory aside: shared memory and issue bind more often,
-// and blocks that are even in one are even in the other. Its constants only have to rank cuts.
+// The model counts issue slots (lut_tables.cuh derives them) and says how well the blocks that a multiprocessor runs at
+// once fill them and keep loads under way: one block has 8 warps and 16 KB, two have 32 KB. It leaves memory aside;
+// cuts that are even in instructions are even in bytes. Constants are estimates, not measured: they only have to rank
+// cuts.
 #include <algorithm>
 
 #include "cuda/lut.h"
@@ -9,19 +11,23 @@
 namespace lutgemm::cuda {
 namespace {
 
-constexpr int kWarps = 8;               // of a block
-constexpr int kMostResults = 4096;      // fp32 results of a block in shared memory: 16 KB
-constexpr int kMostBlocksPerSm = 6;     // three times what runs at once: beyond it only the number of builds grows
+constexpr int kWarps = 8;            // of a block
+constexpr int kMostResults = 4096;   // fp32 results of a block in shared memory: 16 KB
+constexpr int kMostBlocksPerSm = 6;  // three times what runs at once: beyond it only the number of builds grows
 constexpr int64_t kMostSplits = 1024;
-constexpr double kIssued = 4;           // warp instructions a clock
+constexpr double kIssued = 4;  // warp instructions a clock
 constexpr double kBuild = 190, kBuildLatency = 250, kStep = 40, kTile = 90, kStart = 500;
+constexpr int kResident = 2;                           // blocks that run at once
+constexpr double kFilled[kResident] = {0.6, 0.85};     // of the issue slots, by 1 and 2 blocks
 constexpr double kReduce = 700, kReduceElements = 16;  // clocks; partial sums a clock and multiprocessor
 
-double block_clocks(int64_t tiles, int64_t tables_of_block, int bits, const LutTables& tables) {
+// Of a multiprocessor that takes `blocks` of them.
+double sm_clocks(int64_t blocks, int64_t tiles, int64_t tables_of_block, int bits, const LutTables& tables) {
   const double words = 64.0 / tables.entry_bytes, word = 15 + 4 * tables.tokens;
   const double tile = bits * (words * word + kStep) + kTile;
   const double warps = kWarps / kIssued;
-  return kStart + tables_of_block * (kBuildLatency + warps * (kBuild + ceil_div(tiles, kWarps) * tile));
+  const double block = kStart + tables_of_block * (kBuildLatency + warps * (kBuild + ceil_div(tiles, kWarps) * tile));
+  return blocks * block / kFilled[std::min<int64_t>(blocks, kResident) - 1];
 }
 
 }  // namespace
@@ -40,7 +46,8 @@ LutPlan plan_lut(int64_t M, int64_t N, int64_t K, int bits, const LutTables& tab
       const int64_t wanted = std::max<int64_t>(1, int64_t(per_sm) * sm_count / (splits * token_blocks));
       const int64_t tiles = std::min(most_tiles, ceil_div(all_tiles, wanted));
       const LutPlan plan{ceil_div(all_tiles, tiles), tiles, splits, tables_per_split, token_blocks};
-      const double clocks = ceil_div(plan.blocks(), sm_count) * block_clocks(tiles, tables_per_split, bits, tables) + added;
+      const int64_t most_blocks = ceil_div(plan.blocks(), sm_count);
+      const double clocks = sm_clocks(most_blocks, tiles, tables_per_split, bits, tables) + added;
       if (least < 0 || clocks < least) least = clocks, best = plan;
     }
     if (splits * token_blocks > kMostBlocksPerSm * int64_t(sm_count)) break;  // more would only cost more

@@ -1,22 +1,24 @@
-// Tables of LUT-GEMM and BiQGEMM in shared memory: their layouts, how they are built and how a word of code is looked up.
+// Tables of LUT-GEMM and BiQGEMM in shared memory: their layouts, how they are built and how a word of code is looked
+// up.
 //
 //   T[j, m][e] = x[8j + 7] + sum over i < 7 of (e bit i ? +x[8j + i] : -x[8j + i])     slice j of 8 inputs, token m
 //
-// These 128 entries are all there is up to a sign, which is bit 7 of a code. Look-ups never conflict: a word of 32 inputs
-// has its entries in banks of its own, and a phase of an access (128 bytes: 32, 16 or 8 lanes of 4, 8 or 16 bytes) has
-// each word once. Lanes beyond the words take other rows:
+// These 128 entries are all there is up to a sign, which is bit 7 of a code. Look-ups never conflict: a word of 32
+// inputs has its entries in banks of its own, and a phase of an access (128 bytes: 32, 16 or 8 lanes of 4, 8 or 16
+// bytes) has each word once. Lanes beyond the words take other rows:
 //
 //   lane = row lane * kWords + word          kEntryBytes 4: 32 words x 1 row      8: 16 words x 2 rows      16: 8 x 4
 //
-//   byte address = entry * 256 + word * kEntryBytes + (slice % 2) * 128 + (slice / 2) * 32768         slice 0..3 of a word
+//   byte address = entry * 256 + word * kEntryBytes + (slice % 2) * 128 + (slice / 2) * 32768         slice 0..3 of a
+//   word
 //
 // All tables take 64 KiB, whatever kEntryBytes, and 512 wavefronts to write: as many as look up 128 rows and planes.
 //
 //   FloatTables<bytes>   fp32 values of 1, 2, 4 tokens
 //   HalfTables<bytes>    fp16 values of 2, 4, 8 tokens, for results that need not be better than fp16
 //   ShortTables          int16 values of one token, to 1/32766 of a word's largest; 256 entries, so that a byte of code
-//                        is an address as it is. Two slices share a bank: slice % 2 * 2 takes the place of slice % 2 * 128,
-//                        and slice / 2 * 128 that of slice / 2 * 32768.
+//                        is an address as it is. Two slices share a bank: slice % 2 * 2 takes the place of slice % 2 *
+//                        128, and slice / 2 * 128 that of slice / 2 * 32768.
 //
 // Instructions per word of code (4 look-ups, 32 bits) and T tokens, besides the loads of codes and scales, and bounds
 // they put on a multiprocessor's clock (128 issue lanes, 64 lanes of integer operations, 128 bytes of shared memory):
@@ -40,7 +42,8 @@ namespace lutgemm::cuda {
 constexpr int kLutWarps = 8;  // a build's parts: two (or four) for each slice (or pair) of a word
 constexpr int kLutThreads = kLutWarps * kWarpSize;
 constexpr int kTableBytes = 64 * 1024;
-constexpr int kPaddedWord = kWordInputs + 4;  // floats of a word of staged x: 16-byte loads then find free banks
+// Floats of a word of staged x, and in LutShape of a token: a build's 16-byte loads then find free banks.
+constexpr int kPaddedWord = kWordInputs + 4;
 
 template <int kBytes, int kTokensOfEntry>
 struct LutShape {
@@ -52,18 +55,17 @@ struct LutShape {
   static constexpr int kRows = kTileRows / kRowLanes;  // of a lane
   static constexpr int kQuads = kRows / 4;             // 16-byte loads of a lane and plane
   static constexpr int kSums = kRows * kTokens;        // of a lane
+  static constexpr int kResultStride = kTokens == 8 ? 10 : kTokens == 4 ? 5 : kTokens;  // of a row: few bank conflicts
   static constexpr int kPieces = kTokens * kInputs / (4 * kLutThreads);  // of 4 inputs, that a thread stages
-  // Banks of one word or the next, whichever tokens the lanes of a phase read.
-  static constexpr int kBankTokens = kBytes / 4;
-  static constexpr int kTokenStride = kWords * kPaddedWord + (kBankTokens > 1 ? kWarpSize / kBankTokens : 0);
+  static constexpr int kTokenStride = kWords * kPaddedWord + (kTokens > 1 ? kWarpSize / kTokens : 0);
 };
 
 // x of a table's inputs as the build reads it, and sums over words.
 template <class Shape>
 struct StagedX {
-  float x[Shape::kTokens * Shape::kTokenStride];         // [token][word][kPaddedWord]
-  float sum[Shape::kTokens * Shape::kWords];             // of a word's x
-  float largest[Shape::kTokens * Shape::kWords];         // of the sums of |x| of its slices, at least 1e-30
+  float x[Shape::kTokens * Shape::kTokenStride];  // [token][word][kPaddedWord]
+  float sum[Shape::kTokens * Shape::kWords];      // of a word's x
+  float largest[Shape::kTokens * Shape::kWords];  // of the sums of |x| of its slices, at least 1e-30
 };
 
 __device__ __forceinline__ void load_slice(float (&x)[8], const float* staged) {
@@ -80,8 +82,8 @@ __device__ __forceinline__ float signed_sum(int i, float a, float b, float c) {
   return (i & 1 ? a : -a) + (i & 2 ? b : -b) + (i & 4 ? c : -c);
 }
 
-// Rotations of a word by 0, 8, 16, 24 bits. One brings a byte's entry to bits 8..14, where it is an address; another its
-// sign to bit 31.
+// Rotations of a word by 0, 8, 16, 24 bits. One brings a byte's entry to bits 8..14, where it is an address; another
+// its sign to bit 31.
 struct TurnedWord {
   uint32_t by[4];
   __device__ __forceinline__ explicit TurnedWord(uint32_t word)
@@ -179,7 +181,10 @@ struct HalfTables : LutShape<kBytes, kBytes / 2> {
     }
     unsigned char* to = tables + slice_offset(slice) + half * 64 * 256 + lane * 4;
 #pragma unroll
-    for (int i = 0; i < 64; ++i) *reinterpret_cast<__half2*>(to + i * 256) = __hadd2(high[i / 8], low[i % 8]);
+    for (int i = 0; i < 64; ++i) {
+      const __half2 entry = __hadd2(high[i / 8], low[i % 8]);
+      *reinterpret_cast<uint32_t*>(to + i * 256) = *reinterpret_cast<const uint32_t*>(&entry);
+    }
   }
 
   // As FloatTables; the sums are in each token's unit.
@@ -251,7 +256,8 @@ struct ShortTables : LutShape<4, 1> {
     int sum = 2;
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
-      const uint32_t address = prmt(code, lane_address, 0x6504 | slice << 4);  // byte 0 of lane_address, then the code's
+      const uint32_t address =
+          prmt(code, lane_address, 0x6504 | slice << 4);  // byte 0 of lane_address, then the code's
       sum += *reinterpret_cast<const int16_t*>(tables + address + slice / 2 * 128 + slice % 2 * 2);
     }
     sums[0] = fmaf(scale, static_cast<float>(sum), sums[0]);

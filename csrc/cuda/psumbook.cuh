@@ -28,13 +28,17 @@ namespace lutgemm::cuda {
 
 constexpr int kTileUnits = kWarpSize;
 constexpr int kTileColumns = kTileUnits * kUnitColumns;
-constexpr int kTableEntries = 256;           // what a byte can name
-constexpr int kEntryBytes = 256;             // of two words a lane
+constexpr int kTableEntries = 256;                       // what a byte can name
+constexpr int kEntryBytes = 256;                         // of two words a lane
 constexpr int kHalfTable = kTableEntries * kEntryBytes;  // 64 KB
 
 LUTGEMM_ANYWHERE constexpr int word_tokens(PsumWord word) { return word == PsumWord::kPair14 ? 2 : 1; }
-LUTGEMM_ANYWHERE constexpr int table_bytes(PsumWord word) { return word == PsumWord::kInt16 ? kHalfTable : 2 * kHalfTable; }
-LUTGEMM_ANYWHERE constexpr int staged_bytes(PsumWord word, int vec_len) { return word_tokens(word) * kTileColumns * vec_len * 4; }
+LUTGEMM_ANYWHERE constexpr int table_bytes(PsumWord word) {
+  return word == PsumWord::kInt16 ? kHalfTable : 2 * kHalfTable;
+}
+LUTGEMM_ANYWHERE constexpr int staged_bytes(PsumWord word, int vec_len) {
+  return word_tokens(word) * kTileColumns * vec_len * 4;
+}
 
 // Of a launch, for the kernels.
 struct PsumShape {
@@ -53,7 +57,7 @@ struct PsumShape {
 
 // The slice and codebook of column `column` of unit `unit`; k is -1 where there is none.
 struct Column {
-  int k;         // the slice's first element
+  int k;  // the slice's first element
   int codebook;
 };
 
@@ -153,7 +157,8 @@ __device__ __forceinline__ LaneUnit lane_unit(const PsumShape& s, const float* s
     bound = fmaxf(bound, norm);
   }
   if (!finite) return LaneUnit{__uint_as_float(0x7fc00000u), 0.f};
-  return bound < kLeastBound ? LaneUnit{0.f, 0.f} : LaneUnit{bound / largest * s.norms[s.num_codebooks], largest / bound};
+  return bound < kLeastBound ? LaneUnit{0.f, 0.f}
+                             : LaneUnit{bound / largest * s.norms[s.num_codebooks], largest / bound};
 }
 
 // Zero for NaN and Inf too where the lane has no unit, so that they stay out of the other token's half of a word.
@@ -169,7 +174,9 @@ template <PsumWord kWord, int kVec>
 __device__ __forceinline__ void build_psumbook(const PsumShape& s, const float* staged, int first_unit,
                                                const LaneUnit (&units)[word_tokens(kWord)], unsigned char* table) {
   constexpr bool kPair = kWord == PsumWord::kPair14;
-  [[maybe_unused]] constexpr int kUnroll = kVec < 8 ? 4 : kVec < 16 ? 2 : 1;  // about 32 registers of centroids under way
+  [[maybe_unused]] constexpr int kUnroll = kVec < 8    ? 4
+                                           : kVec < 16 ? 2
+                                                       : 1;  // about 32 registers of centroids under way
   constexpr int kSteps = kPair ? kUnitColumns : kUnitColumns / 2;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
 #pragma unroll 1

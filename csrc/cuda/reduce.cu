@@ -1,21 +1,20 @@
 // The second kernel of a split K: see reduce.h.
 //
 //   thread  ->  one column of y: neighbouring threads read neighbouring partial sums of each split
-#include "cuda/reduce.h"
-
 #include <algorithm>
 
 #include "cuda/device.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/reduce.h"
 
 namespace lutgemm::cuda {
 namespace {
 
-constexpr int kThreads = 128;  // small blocks spread the 4096 elements of a narrow layer over 32 multiprocessors
+constexpr int kThreads = 128;         // small blocks spread the 4096 elements of a narrow layer over 32 multiprocessors
 constexpr int64_t kMostRows = 65535;  // of a grid
-constexpr int kAtOnce = 8;     // loads under way together: a split has its sums in L2, some 250 clocks away
+constexpr int kAtOnce = 8;            // loads under way together: a split has its sums in L2, some 250 clocks away
 
 __global__ void __launch_bounds__(kThreads) reduce_splits_kernel(GpuIo io, const float* partial, int64_t splits) {
   const int64_t n = blockIdx.x * int64_t(kThreads) + threadIdx.x;

@@ -43,8 +43,8 @@ __device__ __forceinline__ void spread_sums(float (&values)[kSize]) {
   }
 }
 
-// The sum over kWarps warps of value, for each lane, in every warp: warp 0 first. `scratch` is shared memory that nobody
-// else uses between the barriers inside; a barrier is needed before it is used again.
+// The sum over kWarps warps of value, for each lane, in every warp: warp 0 first. `scratch` is shared memory that
+// nobody else uses between the barriers inside; a barrier is needed before it is used again.
 template <int kWarps>
 __device__ __forceinline__ float warps_sum(float value, float (&scratch)[kWarps][kWarpSize]) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 
 #include "emulation/memory.h"
 #include "emulation/sites.h"
@@ -83,29 +84,30 @@ extern "C" void emulation_switch(void** save, void* load);
 namespace emulation {
 
 Block block;
+unsigned char* stacks;
 
 namespace {
 
 std::mutex one_launch;
 void* launcher_stack_pointer;
 std::string failure;
+std::mutex host_failure_lock;
+std::string host_failure;
 void (*body)(void*);
 void* body_context;
 
-// Stacks of all threads in one mapping, made once; pages that no fiber touches cost nothing.
-constexpr size_t kStackBytes = 128 * 1024, kGuardBytes = 64 * 1024;
-unsigned char* stacks;
 unsigned stacks_ready;
 
+// The mapping is made once; pages that no fiber touches cost nothing.
 void prepare_stacks(unsigned count) {
-  constexpr size_t kStride = kStackBytes + kGuardBytes;
   if (!stacks) {
-    void* mapped = mmap(nullptr, kStride * kMostThreads, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* mapped =
+        mmap(nullptr, kStackStride * kMostThreads, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) throw std::runtime_error("no address space for the stacks of an emulated block");
     stacks = static_cast<unsigned char*>(mapped);
   }
   for (; stacks_ready < count; ++stacks_ready) {
-    if (mprotect(stacks + stacks_ready * kStride + kGuardBytes, kStackBytes, PROT_READ | PROT_WRITE)) {
+    if (mprotect(stacks + stacks_ready * kStackStride + kGuardBytes, kStackBytes, PROT_READ | PROT_WRITE)) {
       throw std::runtime_error("no memory for the stacks of an emulated block");
     }
   }
@@ -142,9 +144,8 @@ void fiber_main() {
 }
 
 void start_thread(unsigned thread) {
-  constexpr size_t kStride = kStackBytes + kGuardBytes;
   // The tops are spread over the sets of the first-level cache: at equal offsets in a page all would share a few.
-  unsigned char* top = stacks + (thread + 1) * kStride - thread % 32 * 128;
+  unsigned char* top = stacks + (thread + 1) * kStackStride - thread % 32 * 128;
 #if defined(__x86_64__)
   void** frame = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, and no return address
   std::memset(frame, 0, 8 * sizeof(void*));
@@ -234,10 +235,6 @@ uint3 block_index() { return block.index; }
 uint3 block_size() { return block.size; }
 uint3 grid_size() { return block.grid; }
 
-bool on_stack(uintptr_t address) {
-  return address - reinterpret_cast<uintptr_t>(stacks) < (kStackBytes + kGuardBytes) * kMostThreads;
-}
-
 void yield() {
   const int next = next_ready();
   if (next >= 0) {
@@ -252,6 +249,14 @@ void fail(const std::string& message) {
   failure = message;
   emulation_switch(&current_thread().stack_pointer, launcher_stack_pointer);
   __builtin_unreachable();
+}
+
+void fail_undefined(const std::string& message) {
+  if (on_stack(reinterpret_cast<uintptr_t>(__builtin_frame_address(0)))) {
+    fail(message + ", " + thread_name(block.current));
+  }
+  const std::lock_guard<std::mutex> lock(host_failure_lock);
+  host_failure = message + ", in host code";
 }
 
 std::string thread_name(unsigned thread) {
@@ -300,6 +305,11 @@ void grid_dependency_wait() { current_thread().waited_for_launch = block.waited 
 void launch_body(void (*kernel_body)(void*), void* context, const void* kernel, size_t context_bytes,
                  const LaunchBounds& bounds) {
   const dim3 grid = bounds.grid, size = bounds.block;
+  {
+    const std::lock_guard<std::mutex> host_lock(host_failure_lock);
+    const std::string found = std::exchange(host_failure, "");
+    if (!found.empty()) throw std::runtime_error(found);
+  }
   const std::lock_guard<std::mutex> lock(one_launch);
   const uint64_t threads = uint64_t(size.x) * size.y * size.z;
   if (threads == 0 || threads > kMostThreads || size.z > 64) {
@@ -336,9 +346,10 @@ void launch_body(void (*kernel_body)(void*), void* context, const void* kernel, 
     run_block();
   }
   memory_end_launch();
-  if (failure.empty() && block.dependent && !block.waited) {
-    failure = "too early: no thread of a dependent launch called grid_dependency_wait(), so that what comes next "
-              "cannot tell whether the launch before has ended";
+  if (failure.empty() && options().checks && block.dependent && !block.waited) {
+    failure =
+        "too early: no thread of a dependent launch called grid_dependency_wait(), so that what comes next "
+        "cannot tell whether the launch before has ended";
   }
   if (!failure.empty()) throw std::runtime_error(failure + where_failed());
 }

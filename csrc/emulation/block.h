@@ -67,9 +67,17 @@ inline Warp& current_warp() { return block.warps[block.current / kLanes]; }
 
 // Ends the launch with this message; called by fibers and by the launcher.
 [[noreturn]] void fail(const std::string& message);
+// As `fail` in a fiber; in host code, which may not be left by an exception here, the next launch throws it.
+void fail_undefined(const std::string& message);
 std::string thread_name(unsigned thread);
 void yield();  // the current thread waits: another runs
-bool on_stack(uintptr_t address);
+
+// The stacks of all threads, in one mapping.
+constexpr size_t kStackBytes = 128 * 1024, kGuardBytes = 64 * 1024, kStackStride = kStackBytes + kGuardBytes;
+extern unsigned char* stacks;
+inline bool on_stack(uintptr_t address) {
+  return address - reinterpret_cast<uintptr_t>(stacks) < kStackStride * kMostThreads;
+}
 
 // Blocks until every lane of `mask` has called it with the same name, mask and site; the last one runs `combine`.
 void collective(Combine combine, const char* name, unsigned mask, uint32_t argument, Site site);

@@ -14,7 +14,8 @@ struct Options {
   int sm_count = 4;       // few, so that small problems take the paths that split over blocks
   int architecture = 90;  // 80: 163 KB of shared memory a block; 90: 227 KB
 };
-Options& options();
+extern Options current_options;
+inline Options& options() { return current_options; }
 size_t shared_limit();
 
 // While it lives, kernels may access the ranges added to it. Without any they may access no global memory.

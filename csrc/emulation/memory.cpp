@@ -13,9 +13,27 @@ namespace {
 
 bool checking;
 
+// Where the compiler knows the size and direction, most of this folds away.
+inline __attribute__((always_inline)) void access_memory(uintptr_t address, size_t bytes, bool write, bool atomic,
+                                                         const void* where) {
+  if (!checking) return;
+  const bool shared = in_shared(address);
+  if (!shared) {
+    if (on_stack(address)) return;
+    // Host code of a .cu that another OS thread runs meanwhile.
+    if (!on_stack(reinterpret_cast<uintptr_t>(__builtin_frame_address(0)))) return;
+  }
+  const Access access{address, bytes, write, atomic, where};
+  if (bytes <= 16 && !(bytes & (bytes - 1)) && address & (bytes - 1)) {
+    fail_access("misaligned", access, "the address is no multiple of the size");
+  }
+  if (options().counts) count_access(access, shared);
+  shared ? shared_access(access) : global_access(access);
+}
+
 }  // namespace
 
-bool memory_checked() { return checking && block.running; }
+bool memory_checked() { return checking; }
 
 void memory_begin_launch(const void* parameters, size_t parameter_bytes, size_t dynamic_bytes) {
   shared_begin_launch(dynamic_bytes);
@@ -38,34 +56,20 @@ void fail_access(const char* what, const Access& access, const std::string& rest
        std::to_string(access.bytes) + " bytes at " + describe_code(access.where) + ": " + rest);
 }
 
-void memory_access(const Access& access) {
-  if (!memory_checked()) return;
-  const bool shared = in_shared(access.address);
-  if (!shared && on_stack(access.address)) return;
-  const size_t power_of_two = access.bytes & (~access.bytes + 1);
-  if (power_of_two == access.bytes && access.bytes <= 16 && access.address % access.bytes != 0) {
-    fail_access("misaligned", access, "the address is no multiple of the size");
-  }
-  if (options().counts) count_access(access, shared);
-  if (shared) {
-    shared_access(access);
-  } else {
-    global_access(access);
-  }
-}
+void memory_access(const Access& a) { access_memory(a.address, a.bytes, a.write, a.atomic, a.where); }
 
 void read_bytes(void* to, const void* from, size_t bytes) {
-  memory_access({reinterpret_cast<uintptr_t>(from), bytes, false, false, __builtin_return_address(0)});
+  access_memory(reinterpret_cast<uintptr_t>(from), bytes, false, false, __builtin_return_address(0));
   std::memcpy(to, from, bytes);
 }
 
 void write_bytes(void* to, const void* from, size_t bytes) {
-  memory_access({reinterpret_cast<uintptr_t>(to), bytes, true, false, __builtin_return_address(0)});
+  access_memory(reinterpret_cast<uintptr_t>(to), bytes, true, false, __builtin_return_address(0));
   std::memcpy(to, from, bytes);
 }
 
 uint64_t atomic_read(const void* address, size_t bytes) {
-  memory_access({reinterpret_cast<uintptr_t>(address), bytes, true, true, __builtin_return_address(0)});
+  access_memory(reinterpret_cast<uintptr_t>(address), bytes, true, true, __builtin_return_address(0));
   uint64_t value = 0;
   std::memcpy(&value, address, bytes);
   return value;
@@ -78,7 +82,7 @@ void atomic_write(void* address, size_t bytes, uint64_t value) { std::memcpy(add
 // Hidden: the hooks of one shared object serve that object alone.
 #define EMULATION_HOOK extern "C" __attribute__((visibility("hidden"))) void
 #define EMULATION_ACCESS(p, bytes, write) \
-  emulation::memory_access({reinterpret_cast<uintptr_t>(p), bytes, write, false, __builtin_return_address(0)})
+  emulation::access_memory(reinterpret_cast<uintptr_t>(p), bytes, write, false, __builtin_return_address(0))
 #define EMULATION_HOOKS(bytes)                                                                \
   EMULATION_HOOK __tsan_read##bytes(void* p) { EMULATION_ACCESS(p, bytes, false); }           \
   EMULATION_HOOK __tsan_write##bytes(void* p) { EMULATION_ACCESS(p, bytes, true); }           \

@@ -31,7 +31,9 @@ void shared_begin_launch(size_t dynamic_bytes);
 void shared_begin_block();
 void shared_switch();
 void shared_interval();
-bool in_shared(uintptr_t address);
+constexpr size_t kArenaBytes = 256 * 1024;  // all shared memory lies in the arena
+extern unsigned char arena[kArenaBytes];
+inline bool in_shared(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(arena) < kArenaBytes; }
 void shared_access(const Access& access);
 
 // global_memory.cpp

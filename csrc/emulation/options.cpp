@@ -4,10 +4,7 @@
 
 namespace emulation {
 
-Options& options() {
-  static Options values;
-  return values;
-}
+Options current_options;
 
 size_t shared_limit() { return options().architecture == 80 ? 163 * 1024 : 227 * 1024; }
 

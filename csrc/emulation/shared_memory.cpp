@@ -17,6 +17,8 @@
 
 namespace emulation {
 
+alignas(4096) unsigned char arena[kArenaBytes];
+
 namespace {
 
 constexpr unsigned kWhoBits = 11, kOrderBits = 10, kIntervalBits = 11;
@@ -28,12 +30,10 @@ constexpr uint32_t kOutside = ~0u;                              // instead of a 
 constexpr uint32_t kInFlight = ~0u - 1;                         // instead of a writer: a cp.async has not arrived
 constexpr uint32_t kMostIntervals = (1u << kIntervalBits) - 2;  // no stamp equals the two values above
 
-constexpr size_t kArenaBytes = 256 * 1024;
 constexpr size_t kGapBytes = 128;
 constexpr size_t kStaticLimit = 48 * 1024;
 constexpr int kPoison = 0xff;  // NaN in every float type
 
-alignas(4096) unsigned char arena[kArenaBytes];
 alignas(64) uint32_t writers[kArenaBytes], readers[kArenaBytes];
 
 struct SharedArray {
@@ -215,8 +215,6 @@ void shared_switch() {
 }
 
 void shared_interval() { next_interval(); }
-
-bool in_shared(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(arena) < kArenaBytes; }
 
 void shared_access(const Access& access) {
   const size_t begin = offset_of(reinterpret_cast<const void*>(access.address)), end = begin + access.bytes;

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import bcq_sums, chunk_units, signed_sums, store_tile
+from .tiles import bcq_sums, signed_sums, store_tile, words_of_step
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def biqgemm_kernel(
     row_parts = tl.cdiv(row_blocks, row_blocks_per_program)
     m = tl.program_id(1) // row_parts * BLOCK_M + tl.arange(0, BLOCK_M)
     begin = tl.program_id(1) % row_parts * row_blocks_per_program
-    group, word, exists = chunk_units(step, num_words, GROUP_UNITS, CHUNK, CHUNKS)
+    group, word, exists = words_of_step(step, num_words, GROUP_UNITS, CHUNK, CHUNKS)
     table, x_sum = signed_sums(x_ptr, m, word, exists, M, K)
     for block in tl.range(begin, tl.minimum(begin + row_blocks_per_program, row_blocks), num_stages=STAGES):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -7,14 +7,15 @@
       x[m] | j | j+1 | ..                  K ->  one step: CHUNKS chunks of CHUNK vectors
            +---+-----+           W       +-------------+----------
     book c | E sums  |           BLOCK_N | codes       | next      gather for BLOCK_M tokens from psums,
-      E    | per j   |           rows    |             | codes     times scale, into acc[T, C, N]
+      E    | per j   |           rows    |             | codes     times scale, into acc[N, C, T]
            +---+-----+                   +-------------+----------
 
 Grid 1: (vector blocks, books, token blocks x blocks of E). Grid 2: (row blocks x token blocks, splits of K).
 
 The Psumbook of a slice has 2**codebook_bits entries, too many for a warp's lanes (see `lut_gemm.py`), and building it
 costs 2**codebook_bits * vec_len multiply-adds for N look-ups. So it is built once for all programs, in fp32, and read
-through L1 by computed addresses: K / vec_len * num_codebooks KiB a token at 8 bits, which L2 holds.
+through L1 by computed addresses: K / vec_len * num_codebooks KiB a token at 8 bits, which L2 holds. N is the first
+dimension of a tile because Triton lays the lanes of a gather along that one: sums over R then stay within a thread.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import chunk_units, store_tile
+from .tiles import chunks_of_step, store_tile
 
 
 @triton.jit
@@ -59,24 +60,26 @@ def codegemm_kernel(
     n = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     begin = split * steps_per_split
-    token = m.to(tl.int64)[:, None, None, None] * BOOKS * num_vectors
-    row = n.to(tl.int64)[None, None, :] * num_vectors
+    row = n.to(tl.int64)[:, None, None] * num_vectors
+    token = m[None, None, None, :] * BOOKS * num_vectors  # 32 bits hold every index: the caller sees to that
     plane_codes = tl.cast(N, tl.int64) * num_vectors
-    acc = tl.zeros([BLOCK_M, CHUNKS, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, CHUNKS, BLOCK_M], tl.float32)
     for step in tl.range(begin, tl.minimum(begin + steps_per_split, num_steps), num_stages=STAGES):
-        group, vector, exists = chunk_units(step, num_vectors, GROUP_UNITS, CHUNK, CHUNKS)
-        live = exists[:, :, None] & (n < N)[None, None, :]
-        gather = live[None, :, :, :] & (m < M)[:, None, None, None]
+        group, inner = chunks_of_step(step, GROUP_UNITS, CHUNK, CHUNKS)
+        r = tl.arange(0, CHUNK)[None, None, :]
+        vector = (group * GROUP_UNITS + inner)[None, :, None] + r
+        exists = (inner[None, :, None] + r < GROUP_UNITS) & (vector < num_vectors)
+        live = exists & (n < N)[:, None, None]
         for book in tl.static_range(BOOKS):
-            codes = tl.load(codes_ptr + book * plane_codes + row + vector[:, :, None], mask=live, other=0)
-            at = (token + book * num_vectors + vector[None, :, :, None]) * ENTRIES + codes.to(tl.int32)[None, :, :, :]
-            found = tl.sum(tl.load(psums_ptr + at, mask=gather, other=0.0), 1)
+            codes = tl.load(codes_ptr + book * plane_codes + row + vector, mask=live, other=0)
+            at = (token + book * num_vectors + vector[:, :, :, None]) * ENTRIES + codes.to(tl.int32)[:, :, :, None]
+            mask = live[:, :, :, None] & (m < M)[None, None, None, :]
+            found = tl.sum(tl.load(psums_ptr + at, mask=mask, other=0.0), 2)
             if book == 0:
                 total = found
             else:
                 total += found
-        in_group = (group < num_groups)[:, None] & (n < N)[None, :]
-        scale_at = n.to(tl.int64)[None, :] * num_groups + group[:, None]
-        scale = tl.load(scales_ptr + scale_at, mask=in_group, other=0.0).to(tl.float32)
-        acc += total * scale[None, :, :]
-    store_tile(tl.sum(acc, 1), out_ptr, bias_ptr, split, m, n, M, N, HAS_BIAS, PARTIAL)
+        scale_at = n.to(tl.int64)[:, None] * num_groups + group[None, :]
+        scale = tl.load(scales_ptr + scale_at, mask=(n < N)[:, None] & (group < num_groups)[None, :], other=0.0)
+        acc += total * scale.to(tl.float32)[:, :, None]
+    store_tile(tl.trans(tl.sum(acc, 1)), out_ptr, bias_ptr, split, m, n, M, N, HAS_BIAS, PARTIAL)

@@ -99,16 +99,16 @@ def split_evenly(steps: int, splits: int) -> tuple[int, int]:
 
 def _splits(task: Task, config: Config, device: Device) -> list[int]:
     """Parts worth considering: none, and what gives each multiprocessor one, two or four programs."""
-    blocks = -(-task.N // config.block_n) * -(-task.M // config.block_m)
+    programs = -(-task.N // config.block_n) * -(-task.M // config.block_m)
     if task.algorithm == "biqgemm":
-        limit, blocks = -(-task.N // config.block_n), num_steps(task, config) * -(-task.M // config.block_m)
+        limit, programs = -(-task.N // config.block_n), num_steps(task, config) * -(-task.M // config.block_m)
     else:
         limit = min(MAX_PARTS, num_steps(task, config))
-    wanted = [1, *(-(-times * device.processors // blocks) for times in (1, 2, 4))]
+    wanted = [1, *(-(-times * device.processors // programs) for times in (1, 2, 4))]
     return sorted({split_evenly(limit, min(limit, parts))[0] for parts in wanted})
 
 
-def _blocks(task: Task, device: Device) -> Iterator[Config]:
+def blocks(task: Task, device: Device) -> Iterator[Config]:
     """Candidates before K (in `biqgemm` the rows) is cut into parts."""
     rows = [n for n in (32, 64, 128, 256) if n <= max(32, power_of_two(task.N))]
     longest = power_of_two(task.group_units)
@@ -120,7 +120,7 @@ def _blocks(task: Task, device: Device) -> Iterator[Config]:
     tokens = [m for m in (1, 2, 4) if m <= power_of_two(task.M)]
     for m, n, warps in product(tokens, rows, (4, 8)):
         if task.algorithm == "codegemm":
-            yield Config(m, n, min(16, longest), max(1, 4 // m), 1, warps, 2)
+            yield Config(m, n, min(16, longest), max(1, 4 // m), 1, warps, 1)
         elif n <= 128 // m:
             yield Config(m, n, min(4, max(1, 8 // m), longest), warps * device.warp // 16, 1, warps, 3)
 
@@ -143,7 +143,7 @@ def candidates(task: Task, device: Device) -> list[Config]:
     if device.interpreted:
         return [_interpreted(task)]
     found = [
-        config._replace(splits=splits) for config in _blocks(task, device) for splits in _splits(task, config, device)
+        config._replace(splits=splits) for config in blocks(task, device) for splits in _splits(task, config, device)
     ]
     return sorted(found, key=lambda config: estimate_us(task, config, device))
 
@@ -156,7 +156,9 @@ def _work(task: Task, config: Config) -> tuple[int, float]:
     tokens, rows = m_blocks * config.block_m, n_blocks * config.block_n
     if task.algorithm == "dequant_gemm":
         decode = m_blocks * rows * units * task.unit * (task.planes * DECODE_SLOTS + 2)
-        return m_blocks * n_blocks * config.splits, decode + tokens * rows * task.K * LANES / DOT_PER_CLOCK[task.x_bytes]
+        return m_blocks * n_blocks * config.splits, decode + tokens * rows * task.K * LANES / DOT_PER_CLOCK[
+            task.x_bytes
+        ]
     per_unit = 8 if task.algorithm != "codegemm" else 1
     own = SLOTS[task.algorithm] - SHARED_SLOTS
     look_ups = units * per_unit * task.planes * rows * (tokens * own + m_blocks * SHARED_SLOTS)

@@ -37,7 +37,9 @@ def mend() -> None:
         pair = (src.dtype.scalar, dst_type.scalar)
         if pair == (tl.float32, tl.bfloat16):
             return handle(_to_bf16(src.data), tl.bfloat16)
-        return handle(_from_bf16(src.data), tl.float32) if pair == (tl.bfloat16, tl.float32) else cast(self, src, dst_type)
+        return (
+            handle(_from_bf16(src.data), tl.float32) if pair == (tl.bfloat16, tl.float32) else cast(self, src, dst_type)
+        )
 
     def mended_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         a, b = (handle(_from_bf16(h.data), tl.float32) if h.dtype.scalar == tl.bfloat16 else h for h in (a, b))

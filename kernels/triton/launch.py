@@ -2,8 +2,8 @@
 
 Arguments are those of `torch.ops.lutgemm.bcq_linear` and `codebook_linear`, contiguous and checked by the caller;
 config is a `Config`. x is `[M, K]` with M >= 1; results are of x's dtype. Nothing is written that is not returned, no
-kernel uses atomics. Multiplications and additions may be fused (Triton's default, `enable_fp_fusion=True`): that only
-takes roundings away, and `dequantize.py` has none to fuse.
+kernel uses atomics. Multiplications and additions may be fused (Triton's default, `enable_fp_fusion=True`), which only
+takes roundings away from sums; in the decoding of W no product is added to anything, so its bits are those of SPEC.md.
 """
 
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import triton_op
+
+from triton import JITFunction
 
 from .biqgemm import biqgemm_kernel
 from .codegemm import codegemm_kernel, psumbook_kernel
@@ -25,7 +27,7 @@ WORD = 32
 REDUCE_BLOCK = 1024
 PSUMBOOK_BYTES = 64 << 20
 """Most bytes of Psumbook at a time: further tokens wait for those before them."""
-INTERPRETED = not hasattr(reduce_kernel, "warmup")
+INTERPRETED = not isinstance(reduce_kernel, JITFunction)
 PSUMBOOK_TILE, DEQUANTIZE_TILE = (1 << 18, 1 << 16) if INTERPRETED else (2048, 4096)
 """Elements of a tile: 16 and 32 a thread. The interpreter is faster with few large ones."""
 DEQUANTIZE_WIDTH = 256
@@ -51,6 +53,19 @@ def _out(x: Tensor, rows: int, parts: int) -> Tensor:
     if parts == 1:
         return x.new_empty(x.shape[0], rows)
     return x.new_empty(parts, x.shape[0], rows, dtype=torch.float32)
+
+
+def _without_ratios(
+    scales: Tensor, offsets: Tensor | None, ratios: Tensor | None, scale_kind: str
+) -> tuple[Tensor, Tensor | None, str]:
+    """Scales, offsets and scale kind of a weight to be decoded: the ratio kind in its free form, fp32.
+
+    SPEC.md has `scales * ratios` rounded before it is added; a kernel that multiplied would have both fused.
+    """
+    if ratios is None:
+        return scales, offsets, scale_kind
+    wide = None if offsets is None else offsets.to(torch.float32)
+    return scales.to(torch.float32) * ratios[:, None, None], wide, "free"
 
 
 def _dequantize_tile(w: Tensor, unit: int, units: int) -> tuple[int, int]:
@@ -89,6 +104,8 @@ def bcq_linear(
 ) -> Tensor:
     """`lut_gemm`, `biqgemm` or `dequant_gemm` of a BCQ weight."""
     cut = Config(*config)
+    if algorithm == "dequant_gemm":
+        scales, offsets, scale_kind = _without_ratios(scales, offsets, ratios, scale_kind)
     (m, k), (bits, n, words) = x.shape, codes.shape
     units = group_units(k, group_size, WORD)
     steps = num_steps(Task(algorithm, m, n, k, bits, WORD, units, x.element_size()), cut)
@@ -208,6 +225,7 @@ def bcq_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows row_begin .. row_end of W: `[rows, K]` of dtype."""
+    scales, offsets, scale_kind = _without_ratios(scales, offsets, ratios, scale_kind)
     bits, n, words = codes.shape
     w = scales.new_empty(row_end - row_begin, in_features, dtype=dtype)
     rows, block_u = _dequantize_tile(w, WORD, words)

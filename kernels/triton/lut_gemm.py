@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import bcq_sums, chunk_units, signed_sums, store_tile
+from .tiles import bcq_sums, signed_sums, store_tile, words_of_step
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def lut_gemm_kernel(
     begin = split * steps_per_split
     acc = tl.zeros([BLOCK_M, CHUNKS, BLOCK_N], tl.float32)
     for step in tl.range(begin, tl.minimum(begin + steps_per_split, num_steps), num_stages=STAGES):
-        group, word, exists = chunk_units(step, num_words, GROUP_UNITS, CHUNK, CHUNKS)
+        group, word, exists = words_of_step(step, num_words, GROUP_UNITS, CHUNK, CHUNKS)
         table, x_sum = signed_sums(x_ptr, m, word, exists, M, K)
         acc += bcq_sums(
             table, x_sum, group, word, exists, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr,

@@ -23,14 +23,20 @@ RATIO = tl.constexpr(2)
 
 
 @triton.jit
-def chunk_units(step, num_units, GROUP_UNITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The groups `[C]` of a step's chunks, their units `[R, C]`, and which of these exist."""
+def chunks_of_step(step, GROUP_UNITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The groups `[C]` of a step's chunks, and where in its group each begins, in units."""
     per_group: tl.constexpr = (GROUP_UNITS + CHUNK - 1) // CHUNK
     chunk = step * CHUNKS + tl.arange(0, CHUNKS)
-    group = chunk // per_group
-    inner = (chunk % per_group)[None, :] * CHUNK + tl.arange(0, CHUNK)[:, None]
-    unit = group[None, :] * GROUP_UNITS + inner
-    return group, unit, (inner < GROUP_UNITS) & (unit < num_units)
+    return chunk // per_group, chunk % per_group * CHUNK
+
+
+@triton.jit
+def words_of_step(step, num_words, GROUP_UNITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The groups `[C]` of a step's chunks, their words `[R, C]`, and which of these exist."""
+    group, begin = chunks_of_step(step, GROUP_UNITS, CHUNK, CHUNKS)
+    inner = begin[None, :] + tl.arange(0, CHUNK)[:, None]
+    word = group[None, :] * GROUP_UNITS + inner
+    return group, word, (inner < GROUP_UNITS) & (word < num_words)
 
 
 @triton.jit

@@ -78,9 +78,10 @@ class Backend:
 
 
 def _registry() -> dict[str, Backend]:
-    from . import cpu, cuda, reference
+    from . import cpu, cuda, reference, triton
 
-    return {backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, reference.BACKEND)}
+    compiled = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND)
+    return {backend.name: backend for backend in (*compiled, reference.BACKEND)}
 
 
 @lru_cache(maxsize=1)

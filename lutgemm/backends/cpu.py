@@ -132,8 +132,9 @@ def _bcq_tensors(
     )
 
 
+BCQ_TENSORS = ("codes", "scales", "offsets", "zeros", "ratios")
 BcqTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""codes, scales, offsets, zeros, ratios"""
+"""Those of `BCQ_TENSORS`."""
 
 
 def _packed_kind(isa: int, accuracy: int) -> str:
@@ -196,25 +197,28 @@ def _bcq_packed(tensors: BcqTensors, in_features: int, group_size: int, scale_ki
     return packed
 
 
+def _tensors_of(weight: BCQWeight) -> BcqTensors:
+    t = weight.tensors
+    return weight.codes, weight.scales, t.get("offsets"), t.get("zeros"), t.get("ratios")
+
+
 def prepare_bcq(weight: BCQWeight, accuracy: int) -> None:
     """Have the layout of `weight` for the look-up kernels of that accuracy, as a call would."""
-    t = weight.tensors
-    tensors = (weight.codes, weight.scales, t.get("offsets"), t.get("zeros"), t.get("ratios"))
-    _bcq_packed(tensors, weight.shape[1], weight.group_size, weight.scale_kind, _packed_kind(_isa(), accuracy))
+    kind = _packed_kind(_isa(), accuracy)
+    _bcq_packed(_tensors_of(weight), weight.shape[1], weight.group_size, weight.scale_kind, kind)
 
 
 def _bcq_ready(weight: BCQWeight, algorithm: str, accuracy: int) -> Ready | None:
     """`_bcq_linear_cpu` for calls such as the one that was just made."""
     if algorithm == "dequantize":
         return None
-    isa, t = _isa(), weight.tensors
-    tensors = (weight.codes, weight.scales, t.get("offsets"), t.get("zeros"), t.get("ratios"))
-    entry = prepared.entry_of(tensors, (weight.shape[1], weight.group_size, weight.scale_kind, tensors[2] is None))
+    isa, tensors = _isa(), _tensors_of(weight)
     kind = _packed_kind(isa, accuracy)
+    entry = prepared.entry_of(tensors, (weight.shape[1], weight.group_size, weight.scale_kind, tensors[2] is None))
     if entry is None or kind not in entry.layouts:
         return None
     tail = (weight.shape[0], algorithm == "biqgemm", isa, accuracy)
-    return Ready(_op("_bcq_linear_cpu"), t, entry, kind, tail)
+    return Ready(_op("_bcq_linear_cpu"), BCQ_TENSORS, tensors, entry, kind, tail)
 
 
 def _codebook_packed(tensors: tuple[Tensor, Tensor, Tensor], in_features: int, group_size: int) -> Tensor:
@@ -237,7 +241,8 @@ def _codebook_ready(weight: CodebookWeight, algorithm: str, accuracy: int) -> Re
     if entry is None or CODEBOOK_KIND not in entry.layouts:
         return None
     tail = (weight.group_size, _isa(), accuracy)
-    return Ready(_op("_codebook_linear_cpu"), weight.tensors, entry, CODEBOOK_KIND, tail)
+    names = ("codes", "codebooks", "scales")
+    return Ready(_op("_codebook_linear_cpu"), names, tensors, entry, CODEBOOK_KIND, tail)
 
 
 def _dequantized_linear(x: Tensor, out_features: int, bias: Tensor | None, rows: Callable[..., Tensor]) -> Tensor:
@@ -276,7 +281,7 @@ def _bcq_linear(
     if algorithm == "dequantize":
         if _multiplies_tiles(x.numel() // in_features, codes.shape[0], x.dtype, accuracy):
             packed = _bcq_packed(tensors, in_features, group_size, scale_kind, _packed_kind(isa, accuracy))
-            return _op("_bcq_tile_gemm_cpu")(x, packed, bias, out_features)
+            return _op("_bcq_tile_gemm_cpu")(x, packed, bias, out_features, accuracy)
         record = _bcq_tensors(*tensors, in_features, group_size, scale_kind)
 
         def rows(begin: int, end: int, dtype: torch.dtype) -> Tensor:

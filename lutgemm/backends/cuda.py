@@ -17,19 +17,23 @@ from . import Backend, Problem, Reason
 from .gpu_heuristics import choose_on_gpu
 from .gpu_layouts import ALIGNMENT, BcqRecord, CodebookRecord, Record, algorithms, aligned
 
-OLDEST_CAPABILITY = (8, 0)
+OLDEST_CAPABILITY = 80
+"""10 * major + minor"""
 
 
+@cache
 def _unavailable() -> Reason | None:
     if reason := _native.load_ops("_C_cuda"):
         return reason
     if not torch.cuda.is_available():
         return "torch sees no CUDA device; check the driver and CUDA_VISIBLE_DEVICES"
-    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-    if max(capabilities) < OLDEST_CAPABILITY:
-        return (
-            f"the kernels need compute capability 8.0 or later, and this GPU has {'.'.join(map(str, capabilities[0]))}"
-        )
+    try:
+        found = [int(torch.ops.lutgemm._gpu_capability(device)) for device in range(torch.cuda.device_count())]
+    except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        return f"_C_cuda cannot use the GPU: {first_line}; update its driver, or build lutgemm with an older CUDA"
+    if max(found) < OLDEST_CAPABILITY:
+        return f"the kernels need compute capability {OLDEST_CAPABILITY / 10}, and this GPU has {max(found) / 10}"
     return None
 
 

@@ -41,7 +41,7 @@ Not measured."""
 
 
 @cache
-def _missing() -> Reason | None:
+def missing() -> Reason | None:
     """Why the kernels cannot be imported here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'lutgemm[triton]'"
@@ -58,7 +58,7 @@ def _missing() -> Reason | None:
 
 @lru_cache(maxsize=1)
 def _unavailable() -> Reason | None:
-    if reason := _missing():
+    if reason := missing():
         return reason
     if INTERPRETED:
         return None
@@ -199,6 +199,14 @@ def _codebook_linear(
     return y.view(shape)
 
 
+def _unsupported(problem: Problem, algorithm: str) -> Reason | None:
+    if algorithm == "codegemm":
+        entries = -(-problem.K // problem.vec_len) * problem.planes << problem.codebook_bits
+        if entries >= 2**31:
+            return f"the Psumbook of one token would have {entries} entries, more than codegemm's kernel can index"
+    return None
+
+
 def _choose(problem: Problem) -> str:
     tables = ("lut_gemm", "biqgemm") if problem.op == "bcq_linear" else ("codegemm",)
     for algorithm in tables:
@@ -217,7 +225,7 @@ BACKEND = Backend(
         "codebook_linear": ("codegemm", "dequant_gemm", "dequantize"),
     },
     unavailable=_unavailable,
-    unsupported=lambda problem, algorithm: None,
+    unsupported=_unsupported,
     choose=_choose,
     bcq_linear=_bcq_linear,
     codebook_linear=_codebook_linear,

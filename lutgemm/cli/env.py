@@ -86,7 +86,7 @@ def collect() -> dict[str, Any]:
         },
         "gpus": gpus,
         "backends": backends(),
-        "compiled": {"_C": _native.load_ops("_C"), "_host": _native.host()[1]},
+        "compiled": {"_C": _native.load_ops("_C"), "_C_cuda": _native.load_ops("_C_cuda"), "_host": _native.host()[1]},
         "build": _build_info(),
     }
 
@@ -119,7 +119,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for name, reason in found["compiled"].items():
         lines.append(f"  {name:<10} {'loaded' if reason is None else 'absent: ' + reason}")
     if compiler := found["build"].get("compiler"):
-        lines.append(f"  built with {compiler}")
+        nvcc, archs = found["build"].get("nvcc"), found["build"].get("cuda_archs")
+        lines.append(f"  built with {compiler}" + (f", nvcc {nvcc} for {archs}" if nvcc else ""))
     return lines
 
 

@@ -130,7 +130,7 @@ class OpCase:
             x = torch.randn(self.M, self.K, generator=generator)
             if self.outliers:
                 x[:, torch.randperm(self.K, generator=generator)[: max(1, self.K // 50)]] *= 100
-        x = _laid_out(x.to(self.torch_dtype), self.x_layout)
+        x = laid_out(x.to(self.torch_dtype), self.x_layout)
         return Inputs(x, weight, None if bias is None else bias.to(self.torch_dtype))
 
     def _exact_x(self, weight: QuantizedWeight, bias: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -176,7 +176,7 @@ def _assert_exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype
         assert not sums.numel() or sums.max() <= 2**digits, f"sums reach {sums.max()} units, {dtype} holds 2**{digits}"
 
 
-def _laid_out(x: Tensor, layout: str) -> Tensor:
+def laid_out(x: Tensor, layout: str) -> Tensor:
     """The values of x `[M, K]` with other strides or another start."""
     m, k = x.shape
     if layout == "contiguous":
@@ -184,11 +184,11 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return x.T.contiguous().T
     if layout == "strided":
-        wide = torch.full((m, 2 * k), float("nan"), dtype=x.dtype)
+        wide = torch.full((m, 2 * k), float("nan"), dtype=x.dtype, device=x.device)
         wide[:, ::2] = x
         return wide[:, ::2]
     if layout == "unaligned":
-        guarded = torch.full((m * k + 2 * GUARD,), float("nan"), dtype=x.dtype)
+        guarded = torch.full((m * k + 2 * GUARD,), float("nan"), dtype=x.dtype, device=x.device)
         guarded[GUARD : GUARD + m * k] = x.flatten()
         return guarded[GUARD : GUARD + m * k].view(m, k)
     raise ArgumentError(f"x_layout={layout!r} is unknown; use contiguous, transposed, strided or unaligned")

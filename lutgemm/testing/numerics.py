@@ -17,8 +17,9 @@ at most `depth` fp32 roundings, whatever the order, so to first order (Higham, A
     always            + 2 * planes * G (a scale and an addition per group and plane) + planes + 4 (W itself, bias)
 
 For a 16-bit result add one rounding of it, u * |y|, u = 2**-11 (fp16) or 2**-8 (bf16), and half the smallest subnormal.
-`dequantize` may work in x's own dtype: its weight is rounded to it, u * sum |x||W|, its product and its sum with the
-bias are both rounded, and torch's matmul of that dtype may round partial sums, so it gets 3 * u * A more.
+`dequantize` and `dequant_gemm` may work in x's own dtype: their weight is rounded to it, u * sum |x||W|, their product
+and its sum with the bias are both rounded, and torch's matmul of that dtype may round partial sums, so they get
+3 * u * A more.
 
 **No worse than torch** (`torch_allowance`). The root mean square error is at most twice that of torch's own matmul of
 x's dtype on the dequantized weight rounded to that dtype, plus one rounding of y, plus, for fp32, the rounding of the
@@ -49,6 +50,8 @@ from ..formats.base import row_slabs
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 HALF_SUBNORMAL = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 LUT_WIDTH = 8
+DEQUANTIZING = ("dequantize", "dequant_gemm")
+"""Algorithms that round a weight to x's dtype and multiply by it."""
 RELATIVE_ERROR = {"fast": 2e-2, "accurate": 1e-3, "near-exact": 1e-4}
 """Largest relative L2 error of each accuracy, for normal x with outliers."""
 
@@ -94,7 +97,7 @@ def accumulation_depth(weight: QuantizedWeight, algorithm: str) -> int:
         assert isinstance(weight, CodebookWeight)
         planes = weight.layout.num_codebooks
         tables = weight.vec_len + planes * -(-k // weight.vec_len)
-    longest = k if algorithm == "dequantize" else tables
+    longest = k if algorithm in DEQUANTIZING else tables
     return longest + 2 * planes * groups + planes + 4
 
 
@@ -110,7 +113,7 @@ def error_bound(
     if x.dtype != torch.float32:
         u = UNIT_ROUNDOFF[x.dtype]
         bound = bound + u * (exact_result(x, weight, bias).abs() + bound)
-        if algorithm == "dequantize":
+        if algorithm in DEQUANTIZING:
             bound = bound + 3 * u * terms + HALF_SUBNORMAL[x.dtype] * x.to(torch.float64).abs().sum(1, keepdim=True)
     return bound
 

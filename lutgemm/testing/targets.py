@@ -27,6 +27,11 @@ class Target:
         """Whether the backend takes tensors of this device type."""
         return not registry()[self.backend].device_types or device in registry()[self.backend].device_types
 
+    @property
+    def device(self) -> str:
+        """Device type of the tensors that this target is tested with."""
+        return "cpu" if self.runs_on("cpu") else registry()[self.backend].device_types[0]
+
     def active(self) -> AbstractContextManager[None]:
         """While entered, calls of this backend use this instruction set."""
         return cpu.use_isa(self.isa) if self.isa else nullcontext()

@@ -32,8 +32,8 @@ inline const char* run_test_kernel(TestKernel kernel, const TestCall& call) {
     allowed.write(call.y, static_cast<size_t>(call.y_bytes), "y");
 #endif
     const dim3 block(static_cast<unsigned>(call.threads_x), static_cast<unsigned>(call.threads_y));
-    const LaunchShape shape{static_cast<unsigned>(call.blocks), block, static_cast<size_t>(call.dynamic_shared), nullptr,
-                            call.dependent != 0};
+    const LaunchShape shape{static_cast<unsigned>(call.blocks), block, static_cast<size_t>(call.dynamic_shared),
+                            nullptr, call.dependent != 0};
     launch(kernel, shape, call.a, call.b, call.y, static_cast<int>(call.n));
     return nullptr;
   } catch (const std::exception& caught) {

@@ -28,7 +28,8 @@ __global__ void shared_read(const void*, const void*, void* y, int n) {
   LUTGEMM_SHARED(float, table, [32]);
   table[thread()] = 1.0f;
   __syncthreads();
-  static_cast<float*>(y)[thread()] = table[thread() + n];
+  const float* start = table;
+  static_cast<float*>(y)[thread()] = start[thread() + n];
 }
 __global__ void shared_write(const void*, const void*, void* y, int n) {
   float* table = reinterpret_cast<float*>(dynamic_shared());
@@ -169,6 +170,16 @@ __global__ void last_dynamic_byte(const void*, const void*, void* y, int n) {
   static_cast<int*>(y)[0] = dynamic_shared()[n];
 }
 
+// n: 1 an index outside of an array in registers, 2 a signed overflow, 3 a shift by the width
+__global__ void undefined(const void*, const void*, void* y, int n) {
+  int values[4] = {1, 2, 3, 4};
+  for (int i = 0; i < 4; ++i) values[i] += thread();
+  int* out = static_cast<int*>(y) + thread();
+  *out = values[(thread() + n) % (n == 1 ? 5 : 4)];
+  *out += n == 2 ? 0x7fffffff : 0;
+  *out <<= n == 3 ? 29 + n : n;
+}
+
 // Launched as dependent: 1: b is read too early, 2: y is written too early, 3: nobody waits.
 __global__ void dependent(const void* a, const void* b, void* y, int n) {
   float value = static_cast<const float*>(a)[thread()];
@@ -218,5 +229,6 @@ LUTGEMM_TEST_KERNELS(run_fault, {"global_read", global_read}, {"global_write", g
                      {"divergent_site", divergent_site}, {"shuffle_lane_missing", shuffle_lane_missing},
                      {"shuffle_from_outside", shuffle_from_outside}, {"shuffle_meets_vote", shuffle_meets_vote},
                      {"large_static", static_memory<48 * 1024 - 16>}, {"too_large_static", static_memory<kTooLarge>},
-                     {"last_dynamic_byte", last_dynamic_byte}, {"dependent", dependent}, {"strided_4", strided_4}, {"strided_8", strided_8},
-                     {"strided_16", strided_16}, {"strided_global", strided_global})
+                     {"last_dynamic_byte", last_dynamic_byte}, {"undefined", undefined}, {"dependent", dependent},
+                     {"strided_4", strided_4}, {"strided_8", strided_8}, {"strided_16", strided_16},
+                     {"strided_global", strided_global})

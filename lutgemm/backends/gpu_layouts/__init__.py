@@ -20,7 +20,7 @@ from ...errors import BackendError
 from ...formats.bcq import uniform_center, uniform_plane_weights
 from .. import Problem, Reason, prepared
 
-MODULES = ("lut", "bit_planes", "dequantize")
+MODULES = ("lut", "bit_planes", "dequantize", "codebook")
 """In the order in which their algorithms are listed."""
 
 Ops = Callable[[str], Callable[..., Tensor]]

@@ -50,7 +50,8 @@ def free_form(record: BcqRecord) -> tuple[Tensor, ...]:
 def _bcq(ops: Ops, x: Tensor, record: BcqRecord, bias: Tensor | None, accuracy: int) -> Tensor:
     scales, offsets = record.scales, record.offsets
     if record.ratios is not None:
-        scales, offsets = (*kept_layout(record, "cuda free form", lambda: free_form(record)), None)[:2]
+        scales, *rest = kept_layout(record, "cuda free form", lambda: free_form(record))
+        offsets = rest[0] if rest else None
     tensors = [None if t is None else aligned(t) for t in (record.codes, scales, offsets, record.zeros)]
     uniform = record.scale_kind == "uniform"
 

@@ -2,9 +2,10 @@
 
 Both read one layout (`csrc/cuda/lut.h` says what kernels rely on):
 
-    codes   int32 [row tiles, K units, bits, 512]: for a tile of 16 rows, a unit of 1024 inputs and a plane, 2 KiB in the
-            order in which a warp reads them, 16 bytes a lane: [4 quads of rows][32 words][4 rows]
-    scales  fp16 or fp32 [row tiles, K units, terms, slots, 16]: slot i is the i-th group that the unit touches
+    codes   int32 [row tiles, K units, bits, 512]: for a tile of 16 rows, a unit of 1024 inputs and a plane, 2 KiB in
+            the order in which a warp reads them, 16 bytes a lane: [4 quads of rows][32 words][4 rows]
+    scales  fp16 or fp32 [row tiles, K units, terms, 4 quads, slots, 4 rows]: slot i is the i-th group that the unit
+            touches
     unit    fp32 [1], a power of two that multiplies every result
 
                     word 0          word 1         ...  word 31
@@ -58,11 +59,12 @@ def unit_groups(in_features: int, group_size: int) -> tuple[list[int], int]:
 
 
 def tiled_scales(terms: Tensor, in_features: int, group_size: int) -> Tensor:
-    """`[terms, N, G]` -> `[row tiles, K units, terms, slots, 16]`, padded with zeros."""
+    """`[terms, N, G]` -> `[row tiles, K units, terms, 4 quads, slots, 4 rows]`, padded with zeros."""
     first, slots = unit_groups(in_features, group_size)
     groups = torch.tensor(first, device=terms.device)[:, None] + torch.arange(slots, device=terms.device)
     padded = torch.nn.functional.pad(terms, (0, slots, 0, -terms.shape[1] % TILE_ROWS))
-    return padded[:, :, groups].unflatten(1, (-1, TILE_ROWS)).permute(1, 3, 0, 4, 2).contiguous()
+    split = padded[:, :, groups].unflatten(1, (-1, 4, 4))  # terms, tile, quad, row, unit, slot
+    return split.permute(1, 4, 0, 2, 5, 3).contiguous()
 
 
 def narrowed(terms: Tensor, shifted: int) -> tuple[Tensor, float] | None:

@@ -1,0 +1,26 @@
+"""Every case of `lutgemm.testing.cases` through Triton's interpreter: no GPU needed.
+
+Triton decides at import whether kernels are interpreted, so the checks are in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lutgemm.backends import triton as backend
+
+CHECKS = Path(__file__).with_name("triton_interpreter_checks.py")
+
+
+@pytest.mark.skipif(backend.missing() is not None, reason=f"backend triton: {backend.missing()}")
+def test_every_case_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", str(CHECKS), "-q", "-x", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command += ["--backend", "triton", "--require", "triton"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CHECKS.parent.parent)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout.splitlines()[-1]
