@@ -94,6 +94,43 @@ Tensor codebook_mma_op(const Tensor& x, const Tensor& codes, const Tensor& scale
   return y;
 }
 
+#ifdef LUTGEMM_EMULATED
+// How the kernels would cut x times a weight [N, K], for tests: launches nothing. Tensors of int64.
+Tensor numbers(std::initializer_list<int64_t> values) {
+  const int64_t count = int64_t(values.size());
+  Tensor out = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(&count, 1), ScalarType::Long, std::nullopt,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  std::copy(values.begin(), values.end(), static_cast<int64_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// [word, tokens of a pass, tiles, row_blocks, shared bytes, workspace bytes]
+Tensor codegemm_plan_op(const Tensor& x, int64_t N, int64_t group_size, int64_t num_codebooks, int64_t vec_len,
+                        int64_t codebook_bits, int64_t accuracy, bool float_scales, int64_t sm_count) {
+  CodegemmProblem p{};
+  p.io.M = x.size(0), p.io.N = N, p.io.K = x.size(1);
+  p.group_size = group_size, p.num_codebooks = int(num_codebooks), p.vec_len = int(vec_len);
+  p.codebook_bits = int(codebook_bits), p.accuracy = requested_accuracy(accuracy), p.float_scales = float_scales;
+  Gpu gpu{};
+  gpu.sm_count = int(sm_count);
+  const CodegemmPlan plan = plan_codegemm(p, gpu.sm_count);
+  return numbers(
+      {int64_t(plan.word), plan.tokens, plan.tiles, plan.row_blocks, plan.shared_bytes, codegemm_workspace(p, gpu)});
+}
+
+// [token_tiles, splits, split_chunks, chunks, blocks, copies, table bytes, x bytes, sum bytes]
+Tensor codebook_mma_plan_op(const Tensor& x, int64_t N, int64_t group_size, int64_t planes, int64_t vec_len,
+                            int64_t codebook_bits, int64_t sm_count, int64_t shared_limit) {
+  CodebookMmaProblem p{};
+  p.io.M = x.size(0), p.io.N = N, p.io.K = x.size(1);
+  p.group_size = group_size, p.planes = int(planes), p.vec_len = int(vec_len), p.codebook_bits = int(codebook_bits);
+  const CodebookMmaPlan plan = plan_codebook_mma(p, int(sm_count), int(shared_limit));
+  const MmaSteps steps = mma_steps(p.io.K, group_size, p.planes, p.vec_len);
+  return numbers({plan.token_tiles, plan.splits, plan.split_chunks, steps.chunks, plan.blocks, plan.copies,
+                  plan.table_bytes, plan.x_bytes, plan.sum_bytes});
+}
+#endif
+
 }  // namespace
 
 LUTGEMM_GPU_OPS(m) {
@@ -103,11 +140,24 @@ LUTGEMM_GPU_OPS(m) {
   m.def(
       "_codebook_codebook_mma_cuda(Tensor x, Tensor codes, Tensor scales, Tensor tables, Tensor units, Tensor? bias, "
       "int N, int group_size) -> Tensor");
+#ifdef LUTGEMM_EMULATED
+  m.def(
+      "_codegemm_plan(Tensor x, int N, int group_size, int num_codebooks, int vec_len, int codebook_bits, int "
+      "accuracy, "
+      "bool float_scales, int sm_count) -> Tensor");
+  m.def(
+      "_codebook_mma_plan(Tensor x, int N, int group_size, int planes, int vec_len, int codebook_bits, int sm_count, "
+      "int shared_limit) -> Tensor");
+#endif
 }
 
 LUTGEMM_GPU_IMPL(m) {
   m.impl("_codebook_codegemm_cuda", TORCH_BOX(&codegemm_op));
   m.impl("_codebook_codebook_mma_cuda", TORCH_BOX(&codebook_mma_op));
+#ifdef LUTGEMM_EMULATED
+  m.impl("_codegemm_plan", TORCH_BOX(&codegemm_plan_op));
+  m.impl("_codebook_mma_plan", TORCH_BOX(&codebook_mma_plan_op));
+#endif
 }
 
 }  // namespace lutgemm::cuda

@@ -45,6 +45,8 @@ LONGEST = 4096
 """Lines that cross beyond this many tokens are not known to cross: the threshold is `NO_CROSSING`."""
 
 DTYPES = (torch.float32, torch.bfloat16)
+TILES = {"fast": "tiles, fast", "accurate": "tiles, accurate"}
+"""Accuracy -> what the tiles of `dequantize` are called in `Timed`."""
 ROUND_CALLS = 12
 """One round over all timings of a weight takes about as long as so many times `biqgemm` and `dequantize` at the most
 tokens and 4 bits."""
@@ -55,8 +57,8 @@ class Timed(NamedTuple):
     """One of the callables that are timed for a weight."""
 
     algorithm: str
+    """`dequantize` stands for its panels, which torch multiplies, a name in `TILES` for its tiles"""
     integer_tables: bool
-    """of `dequantize`: tiles of integers that are multiplied in cache, else panels that torch multiplies"""
     dtype: torch.dtype
     M: int
 
@@ -130,11 +132,8 @@ def _problem(case: OpCase, m: int, dtype: torch.dtype, accuracy: int) -> Problem
     return Problem(case.op, "cpu", dtype, *shape, case.scale_kind, case.vec_len, case.codebook_bits, accuracy)
 
 
-def _accuracies(case: OpCase, algorithm: str) -> dict[bool, str]:
+def _accuracies(case: OpCase) -> dict[bool, str]:
     """Which rows of thresholds there are -> the accuracy they are measured at: the default one where they serve it."""
-    if algorithm == "dequantize":
-        tiles = {True: DEFAULT} if cpu.has_tiles(case.op, ACCURACIES.index(DEFAULT)) else {}
-        return {False: ACCURACIES[EXACT], **tiles}
     found: dict[bool, str] = {}
     for name in (DEFAULT, ACCURACIES[EXACT]):
         found.setdefault(cpu.integer_tables(_problem(case, 1, torch.float32, ACCURACIES.index(name))), name)
@@ -155,10 +154,16 @@ def measure_weight(case: OpCase, seconds: float) -> Times:
     for dtype in DTYPES:
         xs = {m: torch.randn(m, case.K).to(dtype) for m in FEW_TOKENS + MANY_TOKENS}
         for algorithm in cpu.BACKEND.algorithms[case.op]:
-            for integer, accuracy in _accuracies(case, algorithm).items():
+            exact = {False: ACCURACIES[EXACT]}  # panels have no tables
+            for integer, accuracy in (_accuracies(case) if algorithm != "dequantize" else exact).items():
                 call = partial(linear, backend=cpu.BACKEND.name, algorithm=algorithm, accuracy=accuracy)
                 for m in _tokens(case.op, algorithm):
                     calls[Timed(algorithm, integer, dtype, m)] = [partial(call, xs[m], weight)]
+        for accuracy, name in TILES.items():
+            if cpu.has_tiles(case.op, ACCURACIES.index(accuracy)):
+                call = partial(linear, backend=cpu.BACKEND.name, algorithm="dequantize", accuracy=accuracy)
+                for m in MANY_TOKENS:
+                    calls[Timed(name, True, dtype, m)] = [partial(call, xs[m], weight)]
     # Other processes only ever add to a time, and on a shared machine to many: hence no median.
     with cpu.always_tiles():
         return {name: timing.p10_us for name, timing in time_interleaved(calls, seconds).items()}
@@ -229,19 +234,28 @@ def _look_up_rows(
     ]
 
 
-def _tile_rows(studies: Sequence[Study], device: str, date: str) -> list[Threshold]:
+def _tile_rows(studies: Sequence[Study], accuracy: str, device: str, date: str) -> list[Threshold]:
     """The rows of `dequantize`: from where its tiles beat `biqgemm`, in fp32, up to where panels beat them."""
-    ends: list[list[int]] = []
+    name, ends = TILES[accuracy], []
     for dtype in DTYPES:
-        pairs = [(_times(s, "dequantize", True, dtype), _times(s, "dequantize", False, dtype)) for s in studies]
+        pairs = [(_times(s, name, True, dtype), _times(s, "dequantize", False, dtype)) for s in studies]
         ends.append(falling([crossing(tiles, panels) for tiles, panels in pairs]))
     starts = []
     for study in studies:
-        tiles = _times(study, "dequantize", True, DTYPES[0])
-        starts.append(crossing(_many_tokens(_times(study, "biqgemm", True, DTYPES[0])), tiles))
+        look_up = _many_tokens(_times(study, "biqgemm", True, DTYPES[0]))
+        starts.append(crossing(look_up, _times(study, name, True, DTYPES[0])))
     return [
         Threshold(
-            "bcq_linear", "dequantize", study.cost, plain, narrow, True, device, date, min(NO_CROSSING, start + 1)
+            "bcq_linear",
+            "dequantize",
+            study.cost,
+            plain,
+            narrow,
+            integer_tables=True,
+            device=device,
+            date=date,
+            min_tokens=min(NO_CROSSING, start + 1),
+            accuracy=accuracy,
         )
         for study, plain, narrow, start in zip(studies, *ends, falling(starts), strict=True)
     ]
@@ -258,8 +272,9 @@ def thresholds(studies: Iterable[Study], device: str, date: str) -> tuple[Thresh
             if timed and algorithm == "biqgemm":
                 rows.append(_few_token_row(timed, integer, device, date))
             rows += _look_up_rows(timed, op, algorithm, integer, device, date)
-        tiled = [s for s in own if _times(s, "dequantize", True, DTYPES[0])]
-        rows += _tile_rows(tiled, device, date)
+        for accuracy, name in TILES.items():
+            tiled = [s for s in own if _times(s, name, True, DTYPES[0])]
+            rows += _tile_rows(tiled, accuracy, device, date)
     return tuple(rows)
 
 

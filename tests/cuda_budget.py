@@ -212,7 +212,8 @@ def compile_source(source: Path) -> Compiled:
     flags = ["-Werror=all-warnings", "--resource-usage", *part().nvcc_flags]
     status, log, seconds = run_nvcc([nvcc()[0], *flags, "-c", str(source), "-o", str(partial)])
     if status:
-        raise RuntimeError(f"nvcc refuses {source.name}:\n{log}"[:4000])
+        said = [line for line in log.splitlines() if "ptxas info" not in line and "bytes stack frame" not in line]
+        raise RuntimeError("\n".join([f"nvcc refuses {source.name}:", *said])[:4000])
     sass = instructions(partial)
     kernels = {arch: {} for arch in ARCHS}
     for arch, symbols in parse_resources(log).items():

@@ -1,14 +1,21 @@
-"""Runs the test kernels of tests/emulation/*.cu on numpy arrays."""
+"""Runs the test kernels of tests/emulation/*.cu on numpy arrays: under the emulator, or on a GPU."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from emulated_build import ROOT, Control, build
+import pytest
+import torch
+from conftest import REQUIRED
+from emulated_build import ROOT, Control, build, compiler
 
 SOURCES = [ROOT / "tests" / "emulation" / name for name in ("primitives.cu", "faults.cu")]
 
@@ -20,39 +27,80 @@ class Call(ctypes.Structure):
     ]
 
 
-NOTHING = np.zeros(1, np.int32)
+Memory = tuple[int, int]
+"""address and bytes"""
+ONES, ONE = np.ones(64, np.int32), np.ones(1, np.int32)
+NVCC = shutil.which("nvcc") or next((path for path in ["/usr/local/cuda/bin/nvcc"] if Path(path).exists()), None)
+GPU_FLAGS = ("-arch=native",)
+
+
+def call_kernel(run: Callable, kernel: str, y: Memory, *inputs: Memory, **numbers: int) -> str | None:
+    """None, or the error of the launch. numbers: fields of Call, by default one block of one warp and n = 0."""
+    fields = {"blocks": 1, "threads_x": 32, "threads_y": 1, **numbers}
+    a, b = (*inputs, y, y)[:2]
+    for name, (address, size) in {"a": a, "b": b, "y": y}.items():
+        fields |= {name: address, f"{name}_bytes": size}
+    error = run(kernel.encode(), Call(**fields))
+    return error.decode() if error else None
+
+
+def declare(run: Callable) -> Callable:
+    run.argtypes, run.restype = [ctypes.c_char_p, ctypes.POINTER(Call)], ctypes.c_char_p  # type: ignore[attr-defined]
+    return run
 
 
 class Emulator(Control):
     """Runs the test kernels on numpy arrays."""
 
-    def __init__(self, library: Path) -> None:
-        super().__init__(library)
-        for run in (self.library.run_primitive, self.library.run_fault):
-            run.argtypes = [ctypes.c_char_p, ctypes.POINTER(Call)]
-            run.restype = ctypes.c_char_p
-
-    def call(self, run: Callable, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> str | None:
-        """None, or the error of the launch. numbers: fields of Call, by default one block of one warp and n = 0."""
-        fields = {"blocks": 1, "threads_x": 32, "threads_y": 1, **numbers}
-        a, b = (*inputs, NOTHING, NOTHING)[:2]
-        for name, array in {"a": a, "b": b, "y": y}.items():
-            fields |= {name: array.ctypes.data, f"{name}_bytes": array.nbytes}
-        error = run(kernel.encode(), Call(**fields))
-        return error.decode() if error else None
+    def __init__(self) -> None:
+        super().__init__(emulated_library())
+        self.run_primitive = declare(self.library.run_primitive)
+        self.run_fault = declare(self.library.run_fault)
 
     def primitive(self, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> np.ndarray:
         """y, filled by the kernel."""
-        assert self.call(self.library.run_primitive, kernel, y, *inputs, **numbers) is None
+        memory = [(array.ctypes.data, array.nbytes) for array in (y, *inputs)]
+        assert call_kernel(self.run_primitive, kernel, *memory, **numbers) is None
         return y
 
-    def fault(self, kernel: str, n: int = 0, *, a_words: int = 64, **numbers: int) -> str | None:
-        """The error of the launch, if any, with a_words * 4 bytes of input and 256 of output."""
-        y, a = np.full(64, -1, np.int32), np.ones(a_words, np.int32)
-        return self.call(self.library.run_fault, kernel, y, a, n=n, **numbers)
+    def fault(
+        self, kernel: str, n: int = 0, a: np.ndarray = ONES, y: np.ndarray | None = None, **numbers: int
+    ) -> str | None:
+        """The error of the launch, if any."""
+        y = np.full(64, -1, np.int32) if y is None else y
+        memory = [(array.ctypes.data, array.nbytes) for array in (y, a, ONE)]
+        return call_kernel(self.run_fault, kernel, *memory, n=n, **numbers)
+
+
+class Gpu:
+    """Runs the kernels of primitives.cu on the GPU, as nvcc compiles them for it."""
+
+    def __init__(self) -> None:
+        self.run_primitive = declare(ctypes.CDLL(str(gpu_library())).run_primitive)
+
+    def primitive(self, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> np.ndarray:
+        arrays = [torch.from_numpy(array.reshape(-1).view(np.uint8)).cuda() for array in (y, *inputs)]
+        memory = [(array.data_ptr(), array.numel()) for array in arrays]
+        assert call_kernel(self.run_primitive, kernel, *memory, **numbers) is None
+        return arrays[0].cpu().numpy().view(y.dtype).reshape(y.shape)
 
 
 @cache
-def library() -> Path:
+def emulated_library() -> Path:
     """Built once a run; raises RuntimeError without a g++."""
     return build("primitives", SOURCES)
+
+
+@cache
+def gpu_library() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lutgemm-primitives-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    command = [str(NVCC), "-std=c++17", "-O3", *GPU_FLAGS, f"-I{ROOT / 'csrc'}", "-shared", "-Xcompiler", "-fPIC"]
+    subprocess.run([*command, "-o", str(folder / "primitives.so"), str(SOURCES[0])], check=True)
+    return folder / "primitives.so"
+
+
+def emulator_or_skip() -> Emulator:
+    if compiler() is None:
+        (pytest.fail if "emulator" in REQUIRED else pytest.skip)("no g++ to compile kernels for the host")
+    return Emulator()

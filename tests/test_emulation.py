@@ -5,27 +5,28 @@ The kernels are tests/emulation/*.cu; they are also compiled by nvcc where there
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from emulated_build import ROOT, compiler
-from emulated_kernels import SOURCES, Emulator, library
+from conftest import REQUIRED
+from emulated_build import ROOT
+from emulated_kernels import NVCC, SOURCES, Emulator, Gpu, emulator_or_skip
+
+MACHINES = (
+    ["emulator", pytest.param("gpu", marks=pytest.mark.gpu)] if NVCC and torch.cuda.is_available() else ["emulator"]
+)
 
 
-@pytest.fixture
-def emulator() -> Iterator[Emulator]:
-    if compiler() is None:
-        pytest.skip("no g++ to compile kernels for the host")
-    emulator = Emulator(library())
-    emulator.reset_counts()
-    yield emulator
-    emulator.set(checks=1, races=1, counts=0, seed=0, sm_count=4, architecture=90)
+@pytest.fixture(params=MACHINES)
+def machine(request: pytest.FixtureRequest) -> Emulator | Gpu:
+    """What is emulated is right where a GPU gives the same."""
+    if request.param == "gpu":
+        return Gpu()
+    return emulator_or_skip()
 
 
 @pytest.fixture
@@ -44,14 +45,14 @@ def bfloat16_values(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def test_widening_is_exact_for_every_16_bit_pattern(emulator: Emulator) -> None:
+def test_widening_is_exact_for_every_16_bit_pattern(machine: Emulator | Gpu) -> None:
     bits = np.arange(65536, dtype=np.uint16)
-    y = emulator.primitive("widen", np.zeros((65536, 2), np.float32), bits, blocks=64, threads_x=1024)
+    y = machine.primitive("widen", np.zeros((65536, 2), np.float32), bits, blocks=64, threads_x=1024)
     np.testing.assert_array_equal(y[:, 0], bits.view(np.float16).astype(np.float32))
     np.testing.assert_array_equal(y[:, 1], bfloat16_values(bits))
 
 
-def test_narrowing_rounds_to_nearest_even(emulator: Emulator, rng: np.random.Generator) -> None:
+def test_narrowing_rounds_to_nearest_even(machine: Emulator | Gpu, rng: np.random.Generator) -> None:
     # Any float, floats of half's range with its subnormals, ties between two halves, and the edge of overflow.
     anything = rng.integers(0, 2**32, 30000, dtype=np.uint32).view(np.float32)
     near = (rng.standard_normal(30000) * 10.0 ** rng.integers(-9, 6, 30000)).astype(np.float32)
@@ -60,7 +61,7 @@ def test_narrowing_rounds_to_nearest_even(emulator: Emulator, rng: np.random.Gen
     edge = np.array([65519.996, 65520.0, -65536.0, np.inf, -np.inf, 0.0, -0.0, 3.4e38, np.nan], np.float32)
     values = np.concatenate([anything, near, ties, np.resize(edge, 536)])
     assert values.size == 64 * 1024 - 0
-    y = emulator.primitive("narrow", np.zeros((values.size, 2), np.uint16), values, blocks=64, threads_x=1024)
+    y = machine.primitive("narrow", np.zeros((values.size, 2), np.uint16), values, blocks=64, threads_x=1024)
     numbers = ~np.isnan(values)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(y[numbers, 0], values[numbers].astype(np.float16).view(np.uint16))
@@ -78,7 +79,7 @@ def nearest(exact: Fraction, guess: float, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_arithmetic_of_pairs_rounds_once(emulator: Emulator, dtype: torch.dtype) -> None:
+def test_arithmetic_of_pairs_rounds_once(machine: Emulator | Gpu, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     count = 1024  # triples of pairs
     scale = 2.0 ** torch.randint(-10, 6, (count, 3, 2))
@@ -89,7 +90,7 @@ def test_arithmetic_of_pairs_rounds_once(emulator: Emulator, dtype: torch.dtype)
     values[count // 2 :, 2] = (torch.randn(count // 2, 2) * 2.0**8).to(dtype)
     a = values.view(torch.int16).numpy()
     name = "arithmetic_half" if dtype is torch.float16 else "arithmetic_bfloat16"
-    y = emulator.primitive(name, np.zeros((count, 5, 2), np.int16), a, blocks=8, threads_x=128)
+    y = machine.primitive(name, np.zeros((count, 5, 2), np.int16), a, blocks=8, threads_x=128)
     result = torch.from_numpy(y).view(dtype)
     p, q, r = values.double().unbind(1)
     for i, exact in enumerate([p + q, p - q, p * q]):  # exact in fp64
@@ -120,13 +121,13 @@ def permuted(u: int, v: int, selector: int, signs: bool) -> int:
     return int.from_bytes(bytes(chosen), "little")
 
 
-def test_integer_intrinsics(emulator: Emulator, rng: np.random.Generator) -> None:
+def test_integer_intrinsics(machine: Emulator | Gpu, rng: np.random.Generator) -> None:
     u = rng.integers(0, 2**32, 512, dtype=np.uint32)
     v = rng.integers(0, 2**32, 512, dtype=np.uint32)
     u[:3] = 0, 1, 0xFFFFFFFF
     u[3:64] = (rng.standard_normal(61) * 10.0 ** rng.integers(0, 11, 61)).astype(np.float32).view(np.uint32)
     u[64] = np.float32(2.5).view(np.uint32)
-    got = emulator.primitive("integers", np.zeros((512, 24), np.uint32), u, v, blocks=4, threads_x=128)
+    got = machine.primitive("integers", np.zeros((512, 24), np.uint32), u, v, blocks=4, threads_x=128)
     U, V = u.astype(object), v.astype(object)
     bytes_u, bytes_v = ([(w >> 8 * i) & 255 for i in range(4)] for w in (U, V))
     halves_u, halves_v = ([(w >> 16 * i) & 0xFFFF for i in range(2)] for w in (U, V))
@@ -180,11 +181,11 @@ def test_integer_intrinsics(emulator: Emulator, rng: np.random.Generator) -> Non
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 7])
-def test_shuffles_votes_and_reductions(emulator: Emulator, rng: np.random.Generator, n: int) -> None:
+def test_shuffles_votes_and_reductions(machine: Emulator | Gpu, rng: np.random.Generator, n: int) -> None:
     threads = 96
     a = rng.integers(6, 2**20, threads, dtype=np.int32)
     a[40] = 5
-    got = emulator.primitive("shuffles", np.zeros((21, threads), np.int32), a, n=n, threads_x=threads)
+    got = machine.primitive("shuffles", np.zeros((21, threads), np.int32), a, n=n, threads_x=threads)
     i = np.arange(threads)
     lane, base = i % 32, i - i % 32
 
@@ -226,54 +227,60 @@ def test_shuffles_votes_and_reductions(emulator: Emulator, rng: np.random.Genera
 
 
 @pytest.mark.parametrize("kind", range(6), ids=["f16", "bf16", "s8s8", "u8s8", "s8u8", "u8u8"])
-def test_mma_is_a_matrix_product(emulator: Emulator, rng: np.random.Generator, kind: int) -> None:
+def test_mma_is_a_matrix_product(machine: Emulator | Gpu, rng: np.random.Generator, kind: int) -> None:
     if kind < 2:
         dtype = (torch.float16, torch.bfloat16)[kind]
         a, b = (torch.randn(shape, generator=torch.manual_seed(kind)).to(dtype) for shape in ((16, 16), (16, 8)))
         raw = [t.view(torch.int16).numpy() for t in (a, b)]
-        y = emulator.primitive("mma", np.zeros((16, 8), np.float32), *raw, n=kind)
+        y = machine.primitive("mma", np.zeros((16, 8), np.float32), *raw, n=kind)
         np.testing.assert_allclose(y, 1 + (a.double() @ b.double()).numpy(), rtol=0, atol=2e-5)
         return
     a_type, b_type = [(np.int8, np.int8), (np.uint8, np.int8), (np.int8, np.uint8), (np.uint8, np.uint8)][kind - 2]
     a = rng.integers(0, 256, (16, 32), dtype=np.uint8).view(a_type)
     b = rng.integers(0, 256, (32, 8), dtype=np.uint8).view(b_type)
-    y = emulator.primitive("mma", np.zeros((16, 8), np.int32), a, b, n=kind)
+    y = machine.primitive("mma", np.zeros((16, 8), np.int32), a, b, n=kind)
     np.testing.assert_array_equal(y, 1 + a.astype(np.int32) @ b.astype(np.int32))
 
 
-@pytest.mark.parametrize("variant", [0, 1, 2], ids=["x4 and x2.trans", "x2", "x2 and x1.trans"])
-def test_ldmatrix_loads_the_fragments_of_mma(emulator: Emulator, variant: int) -> None:
+@pytest.mark.parametrize("variant", [0, 1, 2, 3], ids=["x4 and x2.trans", "x2", "x2 and x1.trans", "x4.trans"])
+def test_ldmatrix_loads_the_fragments_of_mma(machine: Emulator | Gpu, variant: int) -> None:
     a, b = (torch.randn(shape, generator=torch.manual_seed(1)).half() for shape in ((16, 16), (16, 8)))
-    stored = b.T.contiguous() if variant == 1 else b
-    raw = [t.view(torch.int16).numpy() for t in (a, stored)]
-    y = emulator.primitive("mma_ldmatrix", np.zeros((16, 8), np.float32), *raw, n=variant)
+    stored = [a.T if variant == 3 else a, b.T if variant == 1 else b]
+    raw = [t.contiguous().view(torch.int16).numpy() for t in stored]
+    y = machine.primitive("mma_ldmatrix", np.zeros((16, 8), np.float32), *raw, n=variant)
     np.testing.assert_allclose(y, (a.double() @ b.double()).numpy(), rtol=0, atol=2e-5)
 
 
-def test_copies_through_a_ring_of_stages(emulator: Emulator, rng: np.random.Generator) -> None:
+def test_copies_through_a_ring_of_stages(machine: Emulator | Gpu, rng: np.random.Generator) -> None:
     tiles, copied = 5, 1800
     a = rng.integers(0, 2**31, tiles * 512, dtype=np.uint32)
-    y = emulator.primitive(
+    y = machine.primitive(
         "copy_ring", np.zeros_like(a), a, np.int32([tiles]), n=copied, threads_x=128, dynamic_shared=4096
     )
     np.testing.assert_array_equal(y, np.where(np.arange(a.size) < copied, 2 * a, 0))
 
 
-def test_shared_atomics_in_a_block_of_two_dimensions(emulator: Emulator, rng: np.random.Generator) -> None:
+def test_loads_and_copies_of_every_width(machine: Emulator | Gpu, rng: np.random.Generator) -> None:
+    a = rng.integers(0, 2**31, (64, 16), dtype=np.uint32)
+    y = machine.primitive("copies", np.zeros_like(a), a, threads_x=64, dynamic_shared=4096)
+    a[1::2, 15] = 0
+    np.testing.assert_array_equal(y, a)
+
+
+def test_shared_atomics_in_a_block_of_two_dimensions(machine: Emulator | Gpu, rng: np.random.Generator) -> None:
     a = rng.integers(-500, 500, 300, dtype=np.int32)
-    y = emulator.primitive("atomics", np.zeros(3, np.int32), a, n=300, threads_x=80, threads_y=4)
+    y = machine.primitive("atomics", np.zeros(3, np.int32), a, n=300, threads_x=80, threads_y=4)
     np.testing.assert_array_equal(y, [a.sum(), a.max(), 300])
 
 
 # ---- the same sources on the real compiler
 
-NVCC = shutil.which("nvcc") or next((p for p in ["/usr/local/cuda/bin/nvcc"] if Path(p).exists()), None)
 
-
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_nvcc_compiles_the_same_sources(tmp_path: Path, source: Path, architecture: str) -> None:
+    if NVCC is None:
+        (pytest.fail if "nvcc" in REQUIRED else pytest.skip)("nvcc is not on this machine")
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     command = [str(NVCC), "-std=c++17", "-Werror", "all-warnings", target, f"-I{ROOT / 'csrc'}"]
     command += ["-cubin", "-o", str(tmp_path / "kernels.cubin"), str(source)]

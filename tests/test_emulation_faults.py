@@ -9,15 +9,12 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from emulated_build import compiler
-from emulated_kernels import Emulator, library
+from emulated_kernels import Emulator, emulator_or_skip
 
 
 @pytest.fixture
 def emulator() -> Iterator[Emulator]:
-    if compiler() is None:
-        pytest.skip("no g++ to compile kernels for the host")
-    emulator = Emulator(library())
+    emulator = emulator_or_skip()
     emulator.reset_counts()
     yield emulator
     emulator.set(checks=1, races=1, counts=0, seed=0, sm_count=4, architecture=90)
@@ -26,12 +23,12 @@ def emulator() -> Iterator[Emulator]:
 BIG = {"dynamic_shared": 256}
 # kernel, n, launch, what the message says. n = 0 is the kernel without its fault.
 FAULTS = [
-    ("global_read", 1, {"a_words": 32}, "out of bounds: thread 31 reads 4 bytes at faults.cu:"),
+    ("global_read", 1, {"a": np.ones(32, np.int32)}, "out of bounds: thread 31 reads 4 bytes at faults.cu:"),
     ("global_read", -1, {}, "out of bounds: thread 0 reads"),
     ("global_read", 1 << 20, {}, "out of bounds: thread 0 reads"),
     ("global_write", 40, {}, "out of bounds: thread 24 writes 4 bytes"),
-    ("global_vector_read", 4, {"a_words": 128}, "out of bounds: thread 31 reads 16 bytes"),
-    ("global_vector_read", 1, {"a_words": 256}, "misaligned: thread 0 reads 16 bytes"),
+    ("global_vector_read", 4, {"a": np.ones(128, np.int32)}, "out of bounds: thread 31 reads 16 bytes"),
+    ("global_vector_read", 1, {"a": np.ones(256, np.int32)}, "misaligned: thread 0 reads 16 bytes"),
     ("write_to_input", 1, {}, "read-only: thread 0 writes 4 bytes"),
     ("blocks_share_output", 1, {"blocks": 2}, "race between blocks: thread 0 writes 4 bytes"),
     ("shared_read", 1, {}, "out of bounds: thread 31 reads 4 bytes"),
@@ -133,7 +130,7 @@ def test_a_seed_changes_the_order_of_blocks(emulator: Emulator) -> None:
     for seed in range(5):
         emulator.set(seed=seed)
         y = np.zeros(32, np.float32)
-        assert emulator.call(emulator.library.run_fault, "blocks_share_output", y, n=1, blocks=9) is None
+        assert emulator.fault("blocks_share_output", 1, y=y, blocks=9) is None
         last.add(float(y[0]))
     assert len(last) > 1
 
@@ -179,6 +176,5 @@ def test_memory_sectors_are_counted(emulator: Emulator, stride: int, sectors: in
     emulator.set(counts=1)
     a = np.zeros(512, np.int32)
     start = -a.ctypes.data // 4 % 8  # words to the next sector
-    y = np.zeros(32, np.int32)
-    assert emulator.call(emulator.library.run_fault, "strided_global", y, a[start:], n=stride) is None
+    assert emulator.fault("strided_global", stride, a[start:]) is None
     assert loads(emulator, "strided_global", "global") == (sectors, ideal)

@@ -36,7 +36,7 @@ struct Uniform {
     const __m512i u = four_k(high, half);
     if (kLow == 0) return _mm512_and_si512(_mm512_srlv_epi32(u, by_row(4, 0)), nibble);
     const __m512i below = _mm512_srlv_epi32(four_k(low, half), by_row(4, 0));
-    return _mm512_ternarylogic_epi64(_mm512_sllv_epi32(u, by_row(0, 4)), below, nibble, 0xAC);  // c ? b : a
+    return _mm512_ternarylogic_epi64(_mm512_sllv_epi32(u, by_row(0, 4)), below, nibble, 0xD8);  // c ? b : a
   }
 };
 
@@ -95,30 +95,31 @@ constexpr int64_t kStepQuads = kFastFeatures / 4;
 template <int kTokens>
 void multiply(const TileTask& task, const Tile& tile, int64_t first, Prefetch& prefetch) {
   __m512 total[kTokens][kVectors];
-  for (auto& token : total) {
-    for (auto& v : token) v = _mm512_setzero_ps();
-  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens * kVectors; ++i) total[i / kVectors][i % kVectors] = _mm512_setzero_ps();
   const auto* q = static_cast<const int8_t*>(task.q) + first * kTileFeatures;
   const float* steps = task.steps + first * kFastSteps;
-  const int64_t quads = task.slices * 2;
-  for (int64_t from = 0; from < quads; from += kStepQuads, ++steps) {
-    const int64_t to = from + kStepQuads < quads ? from + kStepQuads : quads;
+  const int32_t* w = tile.w[0];
+  for (int64_t left = task.slices * 2; left > 0; left -= kStepQuads, ++steps) {
     __m512i sum[kTokens][kVectors];
-    for (auto& token : sum) {
-      for (auto& v : token) v = _mm512_setzero_si512();
-    }
-    for (int64_t p = from; p < to; ++p, q += 4) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens * kVectors; ++i) sum[i / kVectors][i % kVectors] = _mm512_setzero_si512();
+    const int8_t* end = q + 4 * (left < kStepQuads ? left : kStepQuads);
+    for (; q < end; q += 4, w += kByteRows) {
       prefetch.next();
-      __m512i w[kVectors];
-#pragma GCC unroll 4
-      for (int r = 0; r < kVectors; ++r) w[r] = _mm512_load_si512(tile.w[p] + r * kLanes);
+      __m512i x[kTokens];
 #pragma GCC unroll 2
       for (int m = 0; m < kTokens; ++m) {
         int32_t four;
         __builtin_memcpy(&four, q + m * kTileFeatures, sizeof four);
-        const __m512i x = _mm512_set1_epi32(four);
+        x[m] = _mm512_set1_epi32(four);
+      }
 #pragma GCC unroll 4
-        for (int r = 0; r < kVectors; ++r) sum[m][r] = _mm512_dpbusd_epi32(sum[m][r], w[r], x);
+      for (int r = 0; r < kVectors; ++r) {
+        __m512i rows = _mm512_load_si512(w + r * kLanes);
+        asm volatile("" : "+v"(rows));  // GCC would load it once for each token
+#pragma GCC unroll 2
+        for (int m = 0; m < kTokens; ++m) sum[m][r] = _mm512_dpbusd_epi32(sum[m][r], rows, x[m]);
       }
     }
 #pragma GCC unroll 2

@@ -5,10 +5,15 @@
 namespace lutgemm::cuda {
 namespace {
 
-// Of a multiprocessor. The commonest kind fits 80 registers, and 3 blocks of 70 KB fit the shared memory of Hopper (2
-// that of Ampere); the others, which hold more scales, would spill.
+// Blocks of a multiprocessor. On Hopper 3 of 70 KB fit shared memory, and the commonest kind fits 80 registers; kinds
+// that hold more scales would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <class Scales, bool kUniform>
-constexpr int kBlocks = sizeof(Scales) == 8 && !kUniform ? 3 : 2;
+constexpr int kBlocks = 2;
+#else
+template <class Scales, bool kUniform>
+constexpr int kBlocks = Scales::kBytes == 2 && !kUniform ? 3 : 2;
+#endif
 
 template <class Tables, class Scales, bool kUniform>
 __global__ void __launch_bounds__(kLutThreads, kBlocks<Scales, kUniform>) lut_gemm_kernel(LutArguments arguments) {

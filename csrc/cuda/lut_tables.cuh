@@ -212,40 +212,55 @@ struct HalfTables : LutShape<kBytes, kBytes / 2> {
   }
 };
 
-// Values are stored less one half, rounded: the complement of an entry is then exactly its negation, and the four of a
-// word want 2 added.
+// A value v, in its word's unit, is stored as u = round(v - 1/2) + 2^15, without a sign. Then ~u is exactly what -v is
+// stored as, and the four of a word want 4 * (1/2 - 2^15) added. A sum of two rounded parts, it is off by up to 1.
 struct ShortTables : LutShape<4, 1> {
   using Shape = LutShape<4, 1>;
-  static constexpr float kLargest = 32766;
+  static constexpr float kLargest = 32760;
+  static constexpr int kAdded = 2 - 4 * 32768;
 
   static __device__ __forceinline__ float unit(const StagedX<Shape>& staged, int, int word) {
     return staged.largest[word] * (1 / kLargest);
   }
 
+  // round(second) * 2^16 + round(first), modulo 2^32, for |values| < 2^22. Sums of such pairs do not mix while those of
+  // the first values stay within 16 bits, unsigned.
+  static __device__ __forceinline__ uint32_t rounded_pair(float first, float second) {
+    constexpr float kMagic = 12582912;  // 1.5 * 2^23: added to a small number, leaves its rounding in the lowest bits
+    constexpr uint32_t kMagicBits = 0x4b400000u;
+    return __float_as_uint(second + kMagic) * 65536u + (__float_as_uint(first + kMagic) - kMagicBits);
+  }
+
   // Warp: two slices and a quarter of the entries, with their complements. Lane: a word.
   static __device__ __forceinline__ void build(const StagedX<Shape>& staged, unsigned char* tables) {
-    constexpr float kMagic = 12582912;  // 1.5 * 2^23: added to a small number, leaves its rounding in the lowest bits
     const int word = threadIdx.x % kWarpSize, pair = threadIdx.x / kWarpSize / 4, quarter = threadIdx.x / kWarpSize % 4;
     const float inverse = __fdividef(kLargest, staged.largest[word]);
-    float low[2][8], high[2][4];  // by bits 0..2, and 3..4 with what the warp has of bits 5 and 6
+    float x[2][8];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float x[8];
-      load_slice(x, staged.x + word * kPaddedWord + pair * 16 + i * 8);
+      load_slice(x[i], staged.x + word * kPaddedWord + pair * 16 + i * 8);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) x[k] *= inverse;
-      const float upper = x[7] - 0.5f + (quarter & 1 ? x[5] : -x[5]) + (quarter & 2 ? x[6] : -x[6]);
+      for (int k = 0; k < 8; ++k) x[i][k] *= inverse;
+    }
+    uint32_t low[8], high[4];  // by bits 0..2, and 3..4 with what the warp has of bits 5 and 6
+    float upper[2];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) low[i][k] = signed_sum(k, x[0], x[1], x[2]);
+    for (int i = 0; i < 2; ++i) {
+      upper[i] = x[i][7] + (32768 - 0.5f) + (quarter & 1 ? x[i][5] : -x[i][5]) + (quarter & 2 ? x[i][6] : -x[i][6]);
+    }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) high[i][k] = upper + (k & 1 ? x[3] : -x[3]) + (k & 2 ? x[4] : -x[4]);
+    for (int k = 0; k < 8; ++k) {
+      low[k] = rounded_pair(signed_sum(k, x[0][0], x[0][1], x[0][2]), signed_sum(k, x[1][0], x[1][1], x[1][2]));
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      high[k] = rounded_pair(upper[0] + (k & 1 ? x[0][3] : -x[0][3]) + (k & 2 ? x[0][4] : -x[0][4]),
+                             upper[1] + (k & 1 ? x[1][3] : -x[1][3]) + (k & 2 ? x[1][4] : -x[1][4]));
     }
     unsigned char* to = tables + pair * 128 + quarter * 32 * 256 + word * 4;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      const uint32_t first = __float_as_uint(high[0][i / 8] + low[0][i % 8] + kMagic);
-      const uint32_t second = __float_as_uint(high[1][i / 8] + low[1][i % 8] + kMagic);
-      const uint32_t both = prmt(first, second, 0x5410);
+      const uint32_t both = high[i / 8] + low[i % 8];
       *reinterpret_cast<uint32_t*>(to + i * 256) = both;
       *reinterpret_cast<uint32_t*>(to + (i + 128) * 256) = ~both;
     }
@@ -253,12 +268,11 @@ struct ShortTables : LutShape<4, 1> {
 
   static __device__ __forceinline__ void add_word(float* sums, uint32_t code, float scale, const unsigned char* tables,
                                                   uint32_t lane_address) {
-    int sum = 2;
+    int sum = kAdded;
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
-      const uint32_t address =
-          prmt(code, lane_address, 0x6504 | slice << 4);  // byte 0 of lane_address, then the code's
-      sum += *reinterpret_cast<const int16_t*>(tables + address + slice / 2 * 128 + slice % 2 * 2);
+      const uint32_t address = prmt(code, lane_address, 0x6504 | slice << 4);  // byte 0 of lane_address, then the code's
+      sum += *reinterpret_cast<const uint16_t*>(tables + address + slice / 2 * 128 + slice % 2 * 2);
     }
     sums[0] = fmaf(scale, static_cast<float>(sum), sums[0]);
   }

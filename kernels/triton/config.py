@@ -14,7 +14,7 @@ from typing import NamedTuple
 MAX_PARTS = 64
 """Most parts of y in a workspace: it is M * N * 4 bytes a part."""
 SLOTS = {"lut_gemm": 5.0, "biqgemm": 5.0, "codegemm": 7.0}
-"""Issue slots of a look-up: in the code for sm_90, shift, mask, lane, shuffle and addition; or address, load, addition."""
+"""Issue slots of a look-up, counted in code for sm_90: shift, mask, lane, shuffle, addition; or address, load, ..."""
 TABLE_SLOTS = 7.0
 """Issue slots of a table entry, and of loading, moving and converting its x."""
 SHARED_SLOTS = 3.0

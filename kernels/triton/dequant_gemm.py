@@ -29,7 +29,7 @@ def load_x(x_ptr, m, k, M, K):
 
 @triton.jit
 def bcq_dequant_gemm_kernel(
-    x_ptr, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr, bias_ptr, out_ptr,
+    x_ptr, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, bias_ptr, out_ptr,
     M, N, K, num_words, num_groups, num_steps, steps_per_split,
     BITS: tl.constexpr, KIND: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr,
     GROUP_UNITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
@@ -44,7 +44,7 @@ def bcq_dequant_gemm_kernel(
     for step in tl.range(begin, tl.minimum(begin + steps_per_split, num_steps), num_stages=STAGES):
         x = load_x(x_ptr, m, step * BLOCK_U * 32 + tl.arange(0, BLOCK_U * 32), M, K)
         w = bcq_tile(
-            step * BLOCK_U + tl.arange(0, BLOCK_U), n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr,
+            step * BLOCK_U + tl.arange(0, BLOCK_U), n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr,
             N, num_words, num_groups, GROUP_UNITS, BITS, KIND, HAS_OFFSETS,
         )  # fmt: skip
         w = tl.reshape(w.to(x.dtype), [BLOCK_N, BLOCK_U * 32])

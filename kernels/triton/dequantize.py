@@ -9,7 +9,7 @@
            +-------------+------
 
 Grid: (row blocks, unit blocks). No product here feeds a sum, so the compiler has nothing to fuse, and the elements
-have the bits that `weight.dequantize()` has.
+have the bits that `weight.dequantize()` has. A weight of the ratio kind is brought into its free form first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tiles import bcq_tile, codebook_tile
 
 @triton.jit
 def bcq_dequantize_kernel(
-    codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr, w_ptr,
+    codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, w_ptr,
     N, K, num_words, num_groups, row_begin, row_end,
     BITS: tl.constexpr, KIND: tl.constexpr, HAS_OFFSETS: tl.constexpr, GROUP_UNITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
@@ -30,7 +30,7 @@ def bcq_dequantize_kernel(
     n = row_begin + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)
     w = bcq_tile(
-        word, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr, N, num_words, num_groups,
+        word, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, N, num_words, num_groups,
         GROUP_UNITS, BITS, KIND, HAS_OFFSETS,
     )  # fmt: skip
     k = word[:, None] * 32 + tl.arange(0, 32)[None, :]

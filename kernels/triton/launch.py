@@ -19,6 +19,7 @@ from .codegemm import codegemm_kernel, psumbook_kernel
 from .config import Config, Task, num_steps, power_of_two, split_evenly
 from .dequant_gemm import bcq_dequant_gemm_kernel, codebook_dequant_gemm_kernel
 from .dequantize import bcq_dequantize_kernel, codebook_dequantize_kernel
+from .interpreted import mend
 from .lut_gemm import lut_gemm_kernel
 from .reduce import reduce_kernel
 
@@ -28,6 +29,8 @@ REDUCE_BLOCK = 1024
 PSUMBOOK_BYTES = 64 << 20
 """Most bytes of Psumbook at a time: further tokens wait for those before them."""
 INTERPRETED = not isinstance(reduce_kernel, JITFunction)
+if INTERPRETED:
+    mend()
 PSUMBOOK_TILE, DEQUANTIZE_TILE = (1 << 18, 1 << 16) if INTERPRETED else (2048, 4096)
 """Elements of a tile: 16 and 32 a thread. The interpreter is faster with few large ones."""
 DEQUANTIZE_WIDTH = 256
@@ -113,14 +116,8 @@ def bcq_linear(
     m_blocks, n_blocks = -(-m // cut.block_m), -(-n // cut.block_n)
     out = _out(x, n, steps if algorithm == "biqgemm" else parts)
     # An absent tensor is never read; any other stands in for its address.
-    tensors = (
-        codes,
-        scales,
-        scales if offsets is None else offsets,
-        scales if zeros is None else zeros,
-        scales if ratios is None else ratios,
-        x if bias is None else bias,
-    )
+    record = (codes, scales, scales if offsets is None else offsets, scales if zeros is None else zeros)
+    more = (scales if ratios is None else ratios, x if bias is None else bias)
     sizes = (m, n, k, words, _num_groups(k, group_size))
     kind = {
         "BITS": bits, "KIND": SCALE_KINDS.index(scale_kind), "HAS_OFFSETS": offsets is not None,
@@ -128,20 +125,20 @@ def bcq_linear(
     }  # fmt: skip
     if algorithm == "lut_gemm":
         wrap_triton(lut_gemm_kernel)[(m_blocks * n_blocks, parts)](
-            x, *tensors, out, *sizes, steps, steps_per_split, **kind,
+            x, *record, *more, out, *sizes, steps, steps_per_split, **kind,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, CHUNK=cut.chunk, CHUNKS=cut.chunks, STAGES=cut.num_stages,
             num_warps=cut.num_warps,
         )  # fmt: skip
     elif algorithm == "biqgemm":
         row_parts, blocks_per_program = split_evenly(n_blocks, cut.splits)
         wrap_triton(biqgemm_kernel)[(steps, m_blocks * row_parts)](
-            x, *tensors, out, *sizes, n_blocks, blocks_per_program, **kind,
+            x, *record, *more, out, *sizes, n_blocks, blocks_per_program, **kind,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, CHUNK=cut.chunk, CHUNKS=cut.chunks, STAGES=cut.num_stages,
             num_warps=cut.num_warps,
         )  # fmt: skip
     else:
         wrap_triton(bcq_dequant_gemm_kernel)[(m_blocks * n_blocks, parts)](
-            x, *tensors, out, *sizes, steps, steps_per_split, **kind,
+            x, *record, more[1], out, *sizes, steps, steps_per_split, **kind,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_U=cut.chunk, STAGES=cut.num_stages,
             num_warps=cut.num_warps,
         )  # fmt: skip
@@ -231,7 +228,7 @@ def bcq_dequantize(
     rows, block_u = _dequantize_tile(w, WORD, words)
     wrap_triton(bcq_dequantize_kernel)[(-(-w.shape[0] // rows), -(-words // block_u))](
         codes, scales, scales if offsets is None else offsets, scales if zeros is None else zeros,
-        scales if ratios is None else ratios, w,
+        w,
         n, in_features, words, _num_groups(in_features, group_size), row_begin, row_end,
         BITS=bits, KIND=SCALE_KINDS.index(scale_kind), HAS_OFFSETS=offsets is not None,
         GROUP_UNITS=group_units(in_features, group_size, WORD), BLOCK_N=rows, BLOCK_U=block_u, num_warps=4,

@@ -127,10 +127,10 @@ def bcq_sums(
 
 @triton.jit
 def bcq_tile(
-    word, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr, N, num_words, num_groups,
+    word, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, N, num_words, num_groups,
     GROUP_UNITS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """W of rows n and words `[U]` as SPEC.md defines it, rounding by rounding: fp32 `[N, U, 32]`."""
+    """W, free or uniform, of rows n and words `[U]`, by SPEC.md and rounding by rounding: fp32 `[N, U, 32]`."""
     group = word // GROUP_UNITS
     row = n.to(tl.int64)[:, None]
     live = (n < N)[:, None] & (word < num_words)[None, :]
@@ -147,7 +147,8 @@ def bcq_tile(
             place = 2.0 ** (BITS - 2 - plane)
             w += tl.where(bit != 0, place, -place)
         else:
-            scale = load_scale(scales_ptr, ratios_ptr, plane, scale_at, live, plane_scales, KIND)[:, :, None]
+            scale = tl.load(scales_ptr + plane * plane_scales + scale_at, mask=live, other=0.0)
+            scale = scale.to(tl.float32)[:, :, None]
             term = tl.where(bit != 0, scale, -scale)
             if plane == 0 and HAS_OFFSETS:
                 w = tl.load(offsets_ptr + scale_at, mask=live, other=0.0).to(tl.float32)[:, :, None] + term
@@ -156,7 +157,7 @@ def bcq_tile(
             else:
                 w += term
     if KIND == UNIFORM:
-        w *= load_scale(scales_ptr, ratios_ptr, 0, scale_at, live, plane_scales, KIND)[:, :, None]
+        w *= tl.load(scales_ptr + scale_at, mask=live, other=0.0).to(tl.float32)[:, :, None]
     return w
 
 

@@ -2,8 +2,8 @@
 found and made.
 
 A file in the user's cache folder (beside the CPU's) has an entry for each GPU and version of Triton; in an entry, the
-fastest configuration of each class of problems: a `Task` whose M is the next power of two. A call looks in what was read
-at the first one; nothing is ever timed in a call, so none can be timed while a CUDA graph is captured.
+fastest configuration of each class of problems: a `Task` whose M is the next power of two. A call looks in what was
+read at the first one; nothing is ever timed in a call, so nothing is while a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _in_use(device: str) -> Found:
 
 
 def find(task: Task, device: str) -> Config | None:
-    """The configuration measured for tasks like this one, or None. The file is read once; `forget` has it read again."""
+    """The configuration measured for tasks like this one, or None. The file is read once; see `forget`."""
     return _in_use(device).get(problem_class(task))
 
 

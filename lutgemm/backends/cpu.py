@@ -174,11 +174,11 @@ def always_tiles() -> Iterator[None]:
         _always_tiles.reset(token)
 
 
-def _multiplies_tiles(tokens: int, bits: int, dtype: torch.dtype, accuracy: int) -> bool:
-    if not has_tiles("bcq_linear", accuracy):
+def _multiplies_tiles(problem: Problem) -> bool:
+    if not has_tiles(problem.op, problem.accuracy):
         return False
     rows = tuned.rows(isa(), torch.get_num_threads())
-    return _always_tiles.get() or tokens <= tiled_tokens("bcq_linear", bits, dtype, rows)[1]
+    return _always_tiles.get() or tiled_tokens(problem, rows)[1] >= problem.M
 
 
 def _choose(problem: Problem) -> str:
@@ -279,7 +279,8 @@ def _bcq_linear(
     bias = None if bias is None else bias.contiguous()
     tensors = (codes, scales, offsets, zeros, ratios)
     if algorithm == "dequantize":
-        if _multiplies_tiles(x.numel() // in_features, codes.shape[0], x.dtype, accuracy):
+        shape = (x.numel() // in_features, out_features, in_features, group_size, codes.shape[0])
+        if _multiplies_tiles(Problem("bcq_linear", "cpu", x.dtype, *shape, scale_kind, accuracy=accuracy)):
             packed = _bcq_packed(tensors, in_features, group_size, scale_kind, _packed_kind(isa, accuracy))
             return _op("_bcq_tile_gemm_cpu")(x, packed, bias, out_features, accuracy)
         record = _bcq_tensors(*tensors, in_features, group_size, scale_kind)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..accuracy import ACCURACIES
 from . import Problem
 
 NO_CROSSING = 2**62
@@ -39,7 +40,8 @@ class Threshold:
     device: str = CPU_DEVICE
     date: str = CPU_DATE
     min_tokens: int = 0
-    """Only of rows of "dequantize"."""
+    accuracy: str = ""
+    """min_tokens and accuracy ("fast" or "accurate"): only of rows of "dequantize"."""
 
 
 CPU_THRESHOLDS = (
@@ -55,11 +57,16 @@ CPU_THRESHOLDS = (
     Threshold("bcq_linear", "biqgemm", 4, NO_CROSSING, 320, integer_tables=True),
     Threshold("bcq_linear", "biqgemm", 6, NO_CROSSING, 86, integer_tables=True),
     Threshold("bcq_linear", "biqgemm", 8, 328, 60, integer_tables=True),
-    Threshold("bcq_linear", "dequantize", 3, NO_CROSSING, 1800, integer_tables=True, min_tokens=NO_CROSSING),
-    Threshold("bcq_linear", "dequantize", 4, NO_CROSSING, 1800, integer_tables=True, min_tokens=40),
-    Threshold("bcq_linear", "dequantize", 5, NO_CROSSING, 1400, integer_tables=True, min_tokens=19),
-    Threshold("bcq_linear", "dequantize", 6, NO_CROSSING, 1400, integer_tables=True, min_tokens=13),
-    Threshold("bcq_linear", "dequantize", 8, NO_CROSSING, 1400, integer_tables=True, min_tokens=9),
+    Threshold("bcq_linear", "dequantize", 2, NO_CROSSING, NO_CROSSING, True, min_tokens=NO_CROSSING, accuracy="fast"),
+    Threshold("bcq_linear", "dequantize", 3, NO_CROSSING, NO_CROSSING, True, min_tokens=16, accuracy="fast"),
+    Threshold("bcq_linear", "dequantize", 4, NO_CROSSING, NO_CROSSING, True, min_tokens=10, accuracy="fast"),
+    Threshold("bcq_linear", "dequantize", 6, NO_CROSSING, NO_CROSSING, True, min_tokens=8, accuracy="fast"),
+    Threshold("bcq_linear", "dequantize", 8, NO_CROSSING, NO_CROSSING, True, min_tokens=6, accuracy="fast"),
+    Threshold("bcq_linear", "dequantize", 3, NO_CROSSING, 1800, True, min_tokens=NO_CROSSING, accuracy="accurate"),
+    Threshold("bcq_linear", "dequantize", 4, NO_CROSSING, 1800, True, min_tokens=40, accuracy="accurate"),
+    Threshold("bcq_linear", "dequantize", 5, NO_CROSSING, 1400, True, min_tokens=19, accuracy="accurate"),
+    Threshold("bcq_linear", "dequantize", 6, NO_CROSSING, 1400, True, min_tokens=13, accuracy="accurate"),
+    Threshold("bcq_linear", "dequantize", 8, NO_CROSSING, 1400, True, min_tokens=9, accuracy="accurate"),
     Threshold("codebook_linear", "codegemm", 1, NO_CROSSING, NO_CROSSING),
     Threshold("codebook_linear", "codegemm", 2, NO_CROSSING, 160),
     Threshold("codebook_linear", "codegemm", 4, 175, 50),
@@ -85,14 +92,15 @@ def look_up_cost(problem: Problem) -> float:
     return 8 * problem.planes / problem.vec_len * 2.0 ** (max(0, problem.codebook_bits - 8) / 2)
 
 
-def tiled_tokens(op: str, cost: float, dtype: torch.dtype, rows: tuple[Threshold, ...]) -> tuple[int, int]:
+def tiled_tokens(problem: Problem, rows: tuple[Threshold, ...]) -> tuple[int, int]:
     """From and up to how many tokens tiles are multiplied in cache: from where they beat look-ups, to where panels do.
 
     (`NO_CROSSING`, 0): never.
     """
+    kind, cost = (problem.op, "dequantize", ACCURACIES[problem.accuracy]), look_up_cost(problem)
     for row in rows:
-        if (row.op, row.algorithm) == (op, "dequantize") and cost <= row.max_cost:
-            return row.min_tokens, row.max_tokens_bf16 if dtype == torch.bfloat16 else row.max_tokens
+        if (row.op, row.algorithm, row.accuracy) == kind and cost <= row.max_cost:
+            return row.min_tokens, row.max_tokens_bf16 if problem.dtype == torch.bfloat16 else row.max_tokens
     return NO_CROSSING, 0
 
 
@@ -109,7 +117,7 @@ def choose_on_cpu(
     """
     cost = look_up_cost(problem)
     if tiles:
-        first, last = tiled_tokens(problem.op, cost, problem.dtype, rows)
+        first, last = tiled_tokens(problem, rows)
         if first <= problem.M <= last:
             return "dequantize"
     for row in rows:

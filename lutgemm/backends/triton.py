@@ -30,7 +30,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 """Triton decides this when a kernel is defined, so a later change of the variable changes nothing."""
 
 PANEL_BYTES = 32 << 20
-"""Most bytes of dequantized weight at a time: half of the L2 cache of an H100, so that the matmul finds its panel there."""
+"""Most bytes of dequantized weight at a time: less than the L2 cache of an H100, where the matmul then finds it."""
 
 MAX_TABLE_TOKENS = {"lut_gemm": 1, "biqgemm": 8, "codegemm": 4}
 """M up to which "auto" takes a table algorithm. Work on tables grows with M where tensor cores stand idle below 16
@@ -73,10 +73,8 @@ def _unavailable() -> Reason | None:
 @cache
 def _launch() -> ModuleType:
     """The operators, imported at first use: that takes a second."""
-    from ..kernels import interpreted, launch
+    from ..kernels import launch
 
-    if INTERPRETED:
-        interpreted.mend()
     return launch
 
 
@@ -101,7 +99,10 @@ def _config(task: Task, device: int | None) -> list[int]:
 
 
 def forget() -> None:
-    """Have configurations looked up again."""
+    """Have configurations looked up again, and the file of tuned ones read again."""
+    from ..kernels import tuned
+
+    tuned.forget()
     _config.cache_clear()
 
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..accuracy import ACCURACIES
 from ..errors import BackendError, CheckpointError
 from .heuristics import CPU_THRESHOLDS, NO_CROSSING, Threshold
 
@@ -63,6 +64,7 @@ def row_to_json(row: Threshold) -> dict[str, Any]:
         "max_tokens": None if row.max_tokens == NO_CROSSING else row.max_tokens,
         "max_tokens_bf16": None if row.max_tokens_bf16 == NO_CROSSING else row.max_tokens_bf16,
         "min_tokens": None if row.min_tokens == NO_CROSSING else row.min_tokens,
+        "accuracy": row.accuracy,
     }
 
 
@@ -147,8 +149,10 @@ def _row(row: Any, device: str, date: str) -> Threshold:
         raise _Unbelievable(f"max_cost={str(cost)[:40]} is no positive number")
     if not isinstance(integer, bool):
         raise _Unbelievable(f"integer_tables={str(integer)[:40]} is neither true nor false")
+    if row["accuracy"] not in ("", *ACCURACIES):
+        raise _Unbelievable(f"accuracy={str(row['accuracy'])[:40]} is unknown")
     tokens = (_tokens(row, "max_tokens"), _tokens(row, "max_tokens_bf16"))
-    return Threshold(op, algorithm, cost, *tokens, integer, device, date, _tokens(row, "min_tokens"))
+    return Threshold(op, algorithm, cost, *tokens, integer, device, date, _tokens(row, "min_tokens"), row["accuracy"])
 
 
 def entry_from_json(entry: Mapping[str, Any], path: Path) -> Entry:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .. import tuning
-from ..backends import cpu, tuned
+from ..backends import cpu, triton, tuned
 from ..backends.heuristics import NO_CROSSING, Threshold
 from ..errors import ArgumentError, BackendError
 from ..formats.base import check_int
@@ -33,8 +34,26 @@ BUSY = 0.7
 """Load average from which there is something else to wait for."""
 
 
+TRITON_LAYERS = ("4096x4096", "6144x4096", "28672x4096", "4096x14336")
+"""N x K of the layers of a model of 8 billion weights, queries, keys and values as one, and gate and up."""
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """The type of `--layer`: "4096x14336" -> (4096, 14336)."""
+    n, _, k = text.partition("x")
+    return int(n), int(k)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lutgemm tune`."""
+    parser.add_argument(
+        "--backend", choices=("cpu", "triton"), default="cpu", help="triton: block sizes of its kernels on this GPU"
+    )
+    parser.add_argument(
+        "--layer", type=_shape, action="append", metavar="NxK", help=f"triton: a layer, repeatable ({TRITON_LAYERS})"
+    )
+    parser.add_argument("--bits", type=int, action="append", metavar="B", help="triton: bits, repeatable (2, 3, 4)")
+    parser.add_argument("--group-size", type=int, default=128, metavar="G", help="triton: group size (128)")
     parser.add_argument("--quick", action="store_true", help="smaller weights, about 20 seconds")
     parser.add_argument("--threads", type=int, metavar="N", help="threads to measure with (default: as torch has them)")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
@@ -61,8 +80,10 @@ def _progress(weights: Sequence[OpCase]) -> Iterable[OpCase]:
 
 def tokens_before(rows: Iterable[Threshold], like: Threshold) -> tuple[int, int]:
     """What `rows` say for the op, algorithm, tables and cost of `like`: its two thresholds, 0 for no row."""
-    kind = (like.op, like.algorithm, like.integer_tables)
-    same = [r for r in rows if (r.op, r.algorithm, r.integer_tables) == kind and r.max_cost >= like.max_cost]
+    kind = (like.op, like.algorithm, like.integer_tables, like.accuracy)
+    same = [
+        r for r in rows if (r.op, r.algorithm, r.integer_tables, r.accuracy) == kind and r.max_cost >= like.max_cost
+    ]
     return max((r.max_tokens for r in same), default=0), max((r.max_tokens_bf16 for r in same), default=0)
 
 
@@ -82,7 +103,11 @@ def _table(entry: tuned.Entry, before: Sequence[Threshold]) -> list[str]:
         old, old_narrow = map(_shown, tokens_before(before, row))
         now, narrow = _shown(row.max_tokens), _shown(row.max_tokens_bf16)
         tables = "integer" if row.integer_tables else "fp32"
-        lines.append(f"{row.algorithm:<11}{cost:<24}{tables:<9}{old:>9}{now:>7}{old_narrow:>9}{narrow:>7}")
+        line = f"{row.algorithm:<11}{cost:<24}{tables:<9}{old:>9}{now:>7}{old_narrow:>9}{narrow:>7}"
+        if row.accuracy:
+            start = "never" if row.min_tokens == NO_CROSSING else f"from {row.min_tokens} tokens on"
+            line += f"  {row.accuracy}: tiles, {start}"
+        lines.append(line)
     return lines
 
 
@@ -99,8 +124,39 @@ def _reset(path: Path, args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_triton(args: argparse.Namespace) -> int:
+    """Times block sizes of the Triton kernels, fp16, for the layers asked for."""
+    if reason := triton.BACKEND.unavailable():
+        raise BackendError(f"there is nothing to measure, the Triton backend cannot run: {reason}")
+    from ..kernels import tuned as of_triton
+    from ..kernels.tuning import tune_triton
+
+    shapes = args.layer or [_shape(text) for text in TRITON_LAYERS]
+    base = OpCase(group_size=args.group_size, dtype="float16")
+    layers = [replace(base, N=n, K=k, bits=bits) for n, k in shapes for bits in args.bits or (2, 3, 4)]
+
+    def progress(plan: Sequence[Any]) -> Iterable[Any]:
+        return tqdm(plan, unit="problem", file=sys.stderr)
+
+    found = tune_triton(layers, progress=progress, save=not args.dry_run)
+    rows = [{"task": task._asdict(), "config": config._asdict()} for task, config in found.items()]
+    if args.json:
+        document = {"file": str(of_triton.cache_file()), "written": not args.dry_run, "configs": rows}
+        sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    else:
+        for row in rows:
+            text = " ".join(f"{name}={value}" for name, value in row["config"].items())
+            task = row["task"]
+            sys.stdout.write(
+                f"{task['algorithm']:<13}{task['M']:>5}x{task['N']}x{task['K']} {task['planes']}: {text}\n"
+            )
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write unless told not to."""
+    if args.backend == "triton" and not args.reset:
+        return _run_triton(args)
     path = _file()
     if args.reset:
         return _reset(path, args)

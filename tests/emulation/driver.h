@@ -35,6 +35,9 @@ inline const char* run_test_kernel(TestKernel kernel, const TestCall& call) {
     const LaunchShape shape{static_cast<unsigned>(call.blocks), block, static_cast<size_t>(call.dynamic_shared),
                             nullptr, call.dependent != 0};
     launch(kernel, shape, call.a, call.b, call.y, static_cast<int>(call.n));
+#if !defined(LUTGEMM_EMULATED)
+    check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+#endif
     return nullptr;
   } catch (const std::exception& caught) {
     error = caught.what();

@@ -131,7 +131,8 @@ __global__ void mma(const void* a, const void* b, void* y, int n) {
   }
 }
 
-// The same product of halves with fragments by ldmatrix. n: 0 B [K, 8] by _trans; 1 B as [8, K]; 2 by x2 and x1 only
+// The same product of halves with fragments by ldmatrix. n: 0 B [K, 8] by _trans; 1 B as [8, K]; 2 by x2 and x1 only;
+// 3 A as [K, 16] by _trans
 __global__ void mma_ldmatrix(const void* a, const void* b, void* y, int n) {
   LUTGEMM_SHARED(__half, tile_a, [16][16]);
   LUTGEMM_SHARED(__half, tile_b, [16][8]);
@@ -140,7 +141,9 @@ __global__ void mma_ldmatrix(const void* a, const void* b, void* y, int n) {
   if (lane < 16) store16(&tile_b[0][0] + lane * 8, load16(static_cast<const __half*>(b) + lane * 8));
   __syncthreads();
   uint32_t fa[4], fb[2];
-  if (n < 2) {
+  if (n == 3) {
+    ldmatrix_x4_trans(fa, &tile_a[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
+  } else if (n < 2) {
     ldmatrix_x4(fa, &tile_a[lane % 16][lane / 16 * 8]);
   } else {
     uint32_t half_a[2];
@@ -152,7 +155,7 @@ __global__ void mma_ldmatrix(const void* a, const void* b, void* y, int n) {
     fa[3] = half_a[1];
   }
   const __half* columns = &tile_b[0][0];  // [8][16] when n == 1
-  if (n == 0) {
+  if (n == 0 || n == 3) {
     ldmatrix_x2_trans(fb, &tile_b[lane % 16][0]);
   } else if (n == 1) {
     ldmatrix_x2(fb, columns + lane % 8 * 16 + lane / 8 % 2 * 8);
@@ -195,6 +198,29 @@ __global__ void copy_ring(const void* a, const void* b, void* y, int n) {
   }
 }
 
+// y = a, 16 words a thread by loads and copies of every width; odd threads get 0 as the last word
+__global__ void copies(const void* a, const void*, void* y, int) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const uint32_t* source = static_cast<const uint32_t*>(a) + thread * 16;
+  uint32_t* staged = reinterpret_cast<uint32_t*>(dynamic_shared()) + thread * 16;
+  uint32_t* target = static_cast<uint32_t*>(y) + thread * 16;
+  cp_async16_stream(staged + 8, source + 8);
+  cp_async8(staged + 12, source + 12);
+  cp_async_commit();
+  cp_async4(staged + 14, source + 14);
+  cp_async4(staged + 15, source + 15, thread % 2 == 0);
+  cp_async_commit();
+  store16(target, load_stream16(source));
+  store8(target + 4, load_stream8(source + 4));
+  target[6] = load_stream4(source + 6);
+  target[7] = __ldg(source + 7);
+  cp_async_wait<1>();
+  store16(target + 8, load16(staged + 8));
+  store8(target + 12, load8(staged + 12));
+  cp_async_wait<0>();
+  store8(target + 14, load8(staged + 14));
+}
+
 // y: sum, maximum and count of a, by shared atomics; blocks of (x, y) threads
 __global__ void atomics(const void* a, const void*, void* y, int n) {
   LUTGEMM_SHARED(int, totals, [2]);
@@ -226,4 +252,4 @@ using namespace lutgemm;
 LUTGEMM_TEST_KERNELS(run_primitive, {"widen", widen}, {"narrow", narrow}, {"arithmetic_half", arithmetic<__half2>},
                      {"arithmetic_bfloat16", arithmetic<__nv_bfloat162>}, {"integers", integers},
                      {"shuffles", shuffles}, {"mma", lutgemm::mma}, {"mma_ldmatrix", mma_ldmatrix},
-                     {"copy_ring", copy_ring}, {"atomics", atomics})
+                     {"copy_ring", copy_ring}, {"copies", copies}, {"atomics", atomics})

@@ -111,8 +111,8 @@ def mma_terms(codebook_dtype: torch.dtype, dtype: torch.dtype, accuracy: int) ->
     """How many tables of x's dtype stand for a codebook, their sum being its values.
 
     One is exact where the dtypes are the same, and for bf16 values as fp16 (`_as_fp16`). Elsewhere it rounds as
-    `dequantize` does, which is too coarse above "accurate". With two, an fp16 value is exact as bf16, an fp32 value has
-    an error of 2**-24 as fp16 (as if rounded to fp32 once more) and of 2**-18 as bf16; with three of 2**-27.
+    `dequantize` does, which is too coarse above "accurate". With two, an fp16 value is exact as bf16, and an fp32 value
+    is off by 2**-23 of itself as fp16, about one more rounding, or by 2**-17 as bf16; with three it is exact.
     """
     same = codebook_dtype == dtype or (codebook_dtype, dtype) == (torch.bfloat16, torch.float16)
     if same or accuracy < NEAR_EXACT:
