@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from lutgemm import _native
 from lutgemm.errors import ArgumentError, BackendError
 
-from . import peers
+from . import peers, peers_cuda
 from .layer import Layer, Request, usual_group
 from .textbook import textbook_layer
 
@@ -201,6 +201,19 @@ BASELINES: dict[str, Baseline] = {
         "ONNX Runtime 2-bit", partial(peers.onnxruntime_layer, bits=2), _int8_per_block, threaded=True
     ),
     "bnb_nf4": Baseline("bitsandbytes NF4", peers.bitsandbytes_layer, _floating(BF16 / 2)),
+    "bnb_nf4_cuda": Baseline("bitsandbytes NF4, CUDA", peers_cuda.nf4_layer, _floating(2.0**-11)),
+    **{
+        f"gemlite_{bits}bit": Baseline(
+            f"gemlite {bits}-bit", partial(peers_cuda.gemlite_layer, bits=bits), _floating(2.0**-11)
+        )
+        for bits in (1, 2, 4)
+    },
+    **{
+        f"humming_{bits}bit": Baseline(
+            f"humming {bits}-bit", partial(peers_cuda.humming_layer, bits=bits), _floating(2.0**-11)
+        )
+        for bits in (1, 2, 3, 4)
+    },
     **{
         f"textbook_{bits}bit": Baseline(
             f"textbook LUT-GEMM {bits}-bit", partial(textbook_layer, bits=bits), lambda x: 2.0**-11 * x.shape[1] ** 0.5
@@ -211,10 +224,10 @@ BASELINES: dict[str, Baseline] = {
 """Every baseline by name, in the order of tables."""
 
 DEFAULT_BASELINES = ("torch_fp32", "torch_bf16")
-TEXTBOOK = tuple(f"textbook_{bits}bit" for bits in TEXTBOOK_BITS)
+ON_CUDA_ONLY = tuple(name for name in BASELINES if name.startswith(("textbook", "gemlite", "humming", "bnb_nf4_cuda")))
 SUITE_BASELINES = {
-    "cpu": tuple(name for name in BASELINES if name not in ("torch_fp16", *TEXTBOOK)),
-    "gpu": ("torch_fp16", "torch_bf16", "torch_int4", *TEXTBOOK),
+    "cpu": tuple(name for name in BASELINES if name not in ("torch_fp16", *ON_CUDA_ONLY)),
+    "gpu": ("torch_fp16", "torch_bf16", "torch_int4", *ON_CUDA_ONLY),
 }
 """Suite -> what stands beside it: all that run there. torch's fp16 is a slow fallback on CPUs."""
 

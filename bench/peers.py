@@ -23,15 +23,15 @@ NF4_ROWS = 32
 """bitsandbytes packs rows for its CPU kernel in blocks of so many."""
 
 
-def _module(package: str) -> Any:
-    """The package, or `BackendError` with the reason why it cannot be used."""
+def module(package: str, extra: str = "bench-peers") -> Any:
+    """The package of an extra, or `BackendError` with the reason why it cannot be used."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # bitsandbytes warns of an optional kernel when it is imported
     try:
         return importlib.import_module(package)
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise BackendError(f"{package} cannot be imported ({reason}); pip install 'lutgemm[bench-peers]'") from None
+        raise BackendError(f"{package} cannot be imported ({reason}); pip install 'lutgemm[{extra}]'") from None
     finally:
         logging.disable(before)
 
@@ -53,7 +53,7 @@ def _ort_dense(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def _ort_model(codes: Tensor, scales: Tensor, bits: int) -> bytes:
     """A model of one MatMulNBits node, x -> y."""
-    onnx = _module("onnx")
+    onnx = module("onnx")
     helper, fp32 = onnx.helper, onnx.TensorProto.FLOAT
     n, blocks, block = codes.shape[0], codes.shape[1], codes.shape[2] * 8 // bits
     weights = [onnx.numpy_helper.from_array(codes.numpy(), "codes")]
@@ -81,7 +81,7 @@ def onnxruntime_layer(request: Request, bits: int) -> Layer:
     Its idle threads spin by default, and those of one copy would take the cores from the next: with several threads
     and several copies they stop at the end of a call.
     """
-    ort = _module("onnxruntime")
+    ort = module("onnxruntime")
     if request.device != "cpu":
         raise BackendError(f"ONNX Runtime's {bits}-bit layer runs on cpu here, and the device is {request.device}")
     codes, scales = _ort_weight(request.N, request.K, bits, usual_group("ONNX Runtime", request.K))
@@ -108,7 +108,7 @@ def onnxruntime_layer(request: Request, bits: int) -> Layer:
 @lru_cache(maxsize=1)
 def _nf4(n: int, k: int) -> tuple[Any, Any, Callable[[], Tensor]]:
     """Codes and quantization state of one NF4 layer as bitsandbytes' CPU kernel takes them; what gives its weight."""
-    bnb = _module("bitsandbytes")
+    bnb = module("bitsandbytes")
     weight = Request(n, k, cold=False, threads=1).weight()
     layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", blocksize=NF4_BLOCK)
@@ -120,7 +120,7 @@ def _nf4(n: int, k: int) -> tuple[Any, Any, Callable[[], Tensor]]:
 
 def bitsandbytes_layer(request: Request) -> Layer:
     """NF4 with bf16 activations, by `bitsandbytes.matmul_4bit`."""
-    bnb = _module("bitsandbytes")
+    bnb = module("bitsandbytes")
     n, k = request.N, request.K
     if request.device != "cpu" or n % NF4_ROWS or k % NF4_BLOCK:
         raise BackendError(

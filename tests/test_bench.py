@@ -14,7 +14,7 @@ from lutgemm import _native
 from lutgemm.accuracy import ACCURACIES
 from lutgemm.backends import backends
 from lutgemm.bench import layer, machine, overhead, peers, plot, readme, report, runner, shapes
-from lutgemm.bench.baselines import BASELINES, TEXTBOOK, Baseline, rounding
+from lutgemm.bench.baselines import BASELINES, ON_CUDA_ONLY, Baseline, rounding
 from lutgemm.bench.records import Bandwidth, BaselineRecord, Record
 from lutgemm.cli import main
 from lutgemm.errors import ArgumentError, BackendError, CheckpointError
@@ -339,7 +339,7 @@ def test_memory_is_as_fast_as_its_best_measurement():
 
 
 @pytest.mark.parametrize(("k", "outliers"), [(256, False), (192, True)])
-@pytest.mark.parametrize("name", [name for name in BASELINES if name not in TEXTBOOK])
+@pytest.mark.parametrize("name", [name for name in BASELINES if name not in ON_CUDA_ONLY])
 def test_a_baseline_is_right_by_its_own_measure(name, k, outliers):
     """Against fp64 on its own weight: within its bound, and not by a bound that lets anything pass."""
     if name in PACKAGES:

@@ -3,12 +3,14 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lutgemm.bench import baselines, block, textbook
+from lutgemm.bench import baselines, block, peers_cuda, textbook
 from lutgemm.bench.layer import Request
 from lutgemm.bench.records import Bandwidth, rates
 from lutgemm.bench.shapes import GPU_SHAPES, SUITES
@@ -16,6 +18,7 @@ from lutgemm.cli import main
 from lutgemm.errors import BackendError
 from lutgemm.testing import timing
 from lutgemm.testing.cases import OpCase
+from lutgemm.testing.numerics import relative_error
 from lutgemm.testing.timing import Timing
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -105,11 +108,47 @@ def test_textbook_layout_gives_the_weight():
     assert torch.equal(dense, weight.dequantize())
 
 
-@pytest.mark.parametrize("name", ["textbook_2bit", "gemv_bf16"])
-def test_baselines_say_where_they_run(name):
-    device = "cpu" if name.startswith("textbook") else "cuda"
+@pytest.mark.parametrize("name", [*baselines.ON_CUDA_ONLY, "gemv_bf16"])
+def test_baselines_say_where_they_run(name, monkeypatch):
+    """Packages of peers need not be there for it."""
+    monkeypatch.setattr(peers_cuda, "module", lambda package, extra: None)
+    device = "cpu" if name in baselines.ON_CUDA_ONLY else "cuda"
     with pytest.raises(BackendError, match=f"the device is {device}"):
         baselines.BASELINES[name].prepare(Request(64, 64, cold=False, threads=1, device=device))
+
+
+@pytest.mark.parametrize("name", ["gemlite_2bit", "humming_3bit"])
+def test_absent_peers_name_their_extra(name, monkeypatch):
+    for package in ("gemlite", "humming", "humming.layer"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BackendError, match=r"cannot be imported .*lutgemm\[bench-peers-cuda\]"):
+        baselines.BASELINES[name].prepare(Request(64, 64, cold=False, threads=1, device="cuda"))
+
+
+class GemLiteLinear:
+    """What `gemlite_layer` relies on, as its documentation describes it."""
+
+    def __init__(self, bits, *, group_size, in_features, out_features, input_dtype, output_dtype):
+        self.group_size = group_size
+
+    def pack(self, codes, scales, zeros, bias):
+        wide = [t.float().repeat_interleave(self.group_size, 1) for t in (scales, zeros)]
+        self.weight = (codes.float() - wide[1]) * wide[0]
+
+    def __call__(self, x):
+        return (x.float() @ self.weight.T).half()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_gemlites_weight_is_what_is_packed(bits, monkeypatch):
+    fake = SimpleNamespace(GemLiteLinear=GemLiteLinear, DType=SimpleNamespace(FP16=0))
+    monkeypatch.setattr(peers_cuda, "module", lambda package, extra: fake)
+    monkeypatch.setattr(peers_cuda, "_on_cuda", lambda request, name: None)
+    layer = peers_cuda.gemlite_layer(Request(64, 256, cold=False, threads=1), bits)
+    x = torch.randn(3, 256)
+    (call,) = layer.bind(x)
+    assert relative_error(call(), x.double() @ layer.dense().double().T) < 1e-3
+    assert layer.nbytes == 64 * 256 * bits // 8 + 64 * 2 * 2 * 2
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
