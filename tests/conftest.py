@@ -87,7 +87,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     params = []
     for target in targets():
         if target.backend in wanted:
-            runs = [KernelRun(target, name, case) for case in cases for name in target.algorithms(case.op)]
+            runs = [
+                KernelRun(target, name, case)
+                for case in cases
+                for name in target.algorithms(case.op)
+                if target.takes(case, name)
+            ]
             marks = () if target.device == "cpu" else pytest.mark.gpu
             params += [pytest.param(run, id=str(run), marks=marks) for run in runs]
     for name, reason in absent().items():

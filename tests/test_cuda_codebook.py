@@ -60,8 +60,7 @@ def run(built: Emulated, algorithm: str, x: Tensor, r: CodebookRecord, accuracy:
 def test_codes_of_codegemm_lie_in_units_of_one_group() -> None:
     """Of 3 codebooks and groups of 3 slices, 9 columns of a group make 3 units, the last with one column."""
     r = record(case(N=37, K=13 * 3 * 4 + 5, num_codebooks=3, group_size=12))
-    codes, codebooks = codegemm_codes(r)
-    assert torch.equal(codebooks, r.codebooks.float())
+    (codes,) = codegemm_codes(r)
     assert codes.shape == (2, 16, 32, 4, 4)
     assert codes.dtype == torch.uint8
     for n, j, c in product(range(37), range(r.codes.shape[2]), range(3)):
@@ -73,7 +72,7 @@ def test_codes_of_codegemm_lie_in_units_of_one_group() -> None:
 
 def test_wide_codes_of_codegemm_lie_by_rows() -> None:
     r = record(case(N=33, K=50, codebook_bits=11))
-    codes, _ = codegemm_codes(r)
+    (codes,) = codegemm_codes(r)
     assert codes.shape == (4, 64, 4)
     assert codes.dtype == torch.int16
     for n, j in product(range(33), range(13)):
@@ -113,17 +112,29 @@ def test_scales_of_codebook_mma_lie_by_columns_of_a_fragment() -> None:
 def test_bf16_scales_are_kept_as_fp16_and_a_power_of_two(peak: float) -> None:
     values = torch.tensor([[1.0, 2.0**-29 * 1.5], [0.75, 0.0]]) * peak
     r = record(case(N=2, K=8, group_size=4, scale_dtype="bfloat16"))._replace(scales=values.bfloat16())
-    scales, norms = codegemm_scales(r, exact=False)
+    scales, _, norms = codegemm_scales(r, exact=False)
     assert scales.dtype == torch.float16
-    assert torch.equal(scales[:, :2].T.double() * norms[-1].double(), values.double())
-    exact, norms = codegemm_scales(r, exact=True)
-    assert norms[-1] == 1
+    assert torch.equal(scales[:, :2].T.double() * norms[1].double(), values.double())
+    exact, _, norms = codegemm_scales(r, exact=True)
+    assert norms[1] == 1
     assert torch.equal(exact[:, :2].T, values)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
+def test_codebooks_are_kept_in_units_of_their_largest_value(scale_dtype: str) -> None:
+    r = record(case(N=8, K=64, num_codebooks=3, codebook_bits=2, scale_dtype=scale_dtype))
+    books = r.codebooks * torch.tensor([1.0, 2.0**-10, 0.0])[:, None, None].to(r.codebooks.dtype)
+    _, codebooks, norms = codegemm_scales(r._replace(codebooks=books), exact=False)
+    assert codebooks.shape == (3, 8, 4)
+    assert ((codebooks[:2].abs().amax((1, 2)) >= 1) & (codebooks[:2].abs().amax((1, 2)) < 2)).all()
+    assert torch.equal(codebooks[:, :4].float() * norms[4:, None, None], books.float())
+    assert not codebooks[:, 4:].any()
+    assert norms[6] < 2.0**-99, "so that no x overflows in units of an empty codebook"
 
 
 def test_norms_are_bounds() -> None:
     r = record(case(N=8, K=64, num_codebooks=2))
-    _, norms = codegemm_scales(r, exact=True)
+    _, _, norms = codegemm_scales(r, exact=True)
     largest = r.codebooks.double().norm(dim=2).amax(1)
     assert (norms[:2] >= largest).all()
     assert (norms[:2] <= largest * (1 + 1e-5)).all()
@@ -298,9 +309,11 @@ BASE = {"N": 20, "K": 100, "group_size": 32}
         ({"codes": torch.zeros(1, 8, 32, 4, 4)}, "codes: has another dtype"),
         ({"scales": torch.zeros(4, 16, dtype=torch.float16)}, "scales: got shape"),
         ({"scales": torch.zeros(4, 32, dtype=torch.bfloat16)}, "scales: has another dtype"),
-        ({"codebooks": torch.zeros(1, 60, 4)}, "60 centroids: must be a power of two"),
-        ({"codebooks": torch.zeros(1, 256, 3)}, "vec_len=3"),
-        ({"codebooks": torch.zeros(5, 256, 4)}, "num_codebooks\\)=5"),
+        ({"codebooks": torch.zeros(1, 60, 4).half()}, "60 centroids: must be a power of two"),
+        ({"codebooks": torch.zeros(1, 256, 4)}, "codebooks: has another dtype"),
+        ({"codebooks": torch.zeros(1, 4, 4).half()}, "at least 8 centroids"),
+        ({"codebooks": torch.zeros(1, 256, 3).half()}, "vec_len=3"),
+        ({"codebooks": torch.zeros(5, 256, 4).half()}, "num_codebooks\\)=5"),
         ({"norms": torch.zeros(1)}, "norms: got shape"),
         ({"N": 40}, "codes: got shape"),
         ({"group_size": 34}, "group_size=34: must be a multiple of vec_len=4"),
@@ -311,8 +324,8 @@ BASE = {"N": 20, "K": 100, "group_size": 32}
 )
 def test_codegemm_checks_its_arguments(changes: dict, text: str, emulated: Emulated) -> None:
     r = record(case(**BASE))
-    codes, codebooks = codegemm_codes(r)
-    scales, norms = codegemm_scales(r, exact=False)
+    (codes,) = codegemm_codes(r)
+    scales, codebooks, norms = codegemm_scales(r, exact=False)
     given = {"x": torch.zeros(1, 100), "codes": codes, "scales": scales, "codebooks": codebooks, "norms": norms}
     given |= {"bias": None, "N": 20, "group_size": 32, "accuracy": 1} | changes
     with pytest.raises(RuntimeError, match=text):

@@ -19,8 +19,7 @@ import torch
 from conftest import KernelRun, backend_names
 from emulated_backend import NAME, Emulated
 
-from lutgemm.accuracy import resolve_accuracy
-from lutgemm.backends import Problem, cuda, gpu_layouts
+from lutgemm.backends import cuda, gpu_layouts
 from lutgemm.backends.gpu_heuristics import GPU_THRESHOLDS, GpuThreshold, choose_on_gpu
 from lutgemm.backends.gpu_layouts import BcqRecord, dequantize, kept_layout
 from lutgemm.errors import BackendError
@@ -50,16 +49,9 @@ def small(case: OpCase) -> bool:
     return case.M * case.N * case.K * planes <= SMALL
 
 
-def problem(case: OpCase) -> Problem:
-    bcq = case.op == "bcq_linear"
-    shape = (case.M, case.N, case.K, case.group_size or case.K, case.bits if bcq else case.num_codebooks)
-    kind = (case.scale_kind, 0, 0) if bcq else ("", case.vec_len, case.codebook_bits)
-    return Problem(case.op, "cpu", case.torch_dtype, *shape, *kind, resolve_accuracy(case.accuracy))
-
-
 def taken(op: str, algorithm: str, case: OpCase) -> bool:
     """Whether the algorithm takes the case; for a refusal there must be a reason in words."""
-    reason = gpu_layouts.algorithms()[op, algorithm].unsupported(problem(case))
+    reason = gpu_layouts.algorithms()[op, algorithm].unsupported(case.problem("cpu"))
     assert reason is None or len(reason) > 10
     return reason is None
 
@@ -300,7 +292,7 @@ def test_thresholds_choose_the_first_that_takes_the_problem() -> None:
         GpuThreshold("bcq_linear", "b", 16),
         GpuThreshold("bcq_linear", "c", 64),
     )
-    asked = problem(BCQ)
+    asked = BCQ.problem("cpu")
 
     def choose(m: int, offered: tuple[str, ...], refused: str = "") -> str:
         refuse = lambda problem, name: "no" if name == refused else None  # noqa: E731

@@ -11,7 +11,7 @@ import torch
 from conftest import REQUIRED
 
 import lutgemm
-from lutgemm.backends import Problem, cuda, gpu_layouts
+from lutgemm.backends import cuda, gpu_layouts
 from lutgemm.errors import BackendError
 from lutgemm.formats import QuantizedWeight
 from lutgemm.ops import linear
@@ -39,11 +39,8 @@ def on_gpu(case: OpCase, device: str = "cuda") -> tuple[torch.Tensor, QuantizedW
     return inputs.x.to(device), inputs.weight.to(device), None if inputs.bias is None else inputs.bias.to(device)
 
 
-def skip_unless_taken(op: str, algorithm: str, case: OpCase) -> None:
-    bcq = op == "bcq_linear"
-    planes, kind = (case.bits, ("free", 0, 0)) if bcq else (case.num_codebooks, ("", case.vec_len, case.codebook_bits))
-    problem = Problem(op, "cuda", case.torch_dtype, case.M, case.N, case.K, case.group_size, planes, *kind)
-    if reason := cuda.BACKEND.unsupported(problem, algorithm):
+def skip_unless_taken(algorithm: str, case: OpCase) -> None:
+    if reason := cuda.BACKEND.unsupported(case.problem("cuda"), algorithm):
         pytest.skip(reason)
 
 
@@ -51,7 +48,7 @@ def skip_unless_taken(op: str, algorithm: str, case: OpCase) -> None:
 @pytest.mark.parametrize(("op", "algorithm"), ALGORITHMS)
 def test_a_graph_replays_a_call(op: str, algorithm: str, m: int) -> None:
     case = OpCase(op=op, M=m, **LAYER)
-    skip_unless_taken(op, algorithm, case)
+    skip_unless_taken(algorithm, case)
     x, weight, bias = on_gpu(case)
     choice = {"backend": "cuda", "algorithm": algorithm, "accuracy": "exact"}
     expected = linear(x, weight, bias, **choice)
@@ -68,7 +65,7 @@ def test_a_graph_replays_a_call(op: str, algorithm: str, m: int) -> None:
 @pytest.mark.parametrize(("op", "algorithm"), [(op, name) for op, name in ALGORITHMS if name != "dequantize"])
 def test_a_capture_without_a_layout_is_refused(op: str, algorithm: str) -> None:
     case = OpCase(op=op, M=1, **LAYER)
-    skip_unless_taken(op, algorithm, case)
+    skip_unless_taken(algorithm, case)
     x, weight, bias = on_gpu(case)
     refused = ""
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -168,7 +165,7 @@ def test_calls_leave_no_memory_behind(op: str) -> None:
 def test_small_calls_for_the_sanitizer(op: str, algorithm: str, m: int) -> None:
     """Remainders in every dimension; under compute-sanitizer each launch takes a hundred times as long."""
     case = OpCase(op=op, M=m, N=70, K=300, bits=3, codebook_bits=8, group_size=64, bias=True)
-    skip_unless_taken(op, algorithm, case)
+    skip_unless_taken(algorithm, case)
     inputs = case.inputs("exact")
     bias = None if inputs.bias is None else inputs.bias.cuda()
     choice = {"backend": "cuda", "algorithm": algorithm, "accuracy": "exact"}

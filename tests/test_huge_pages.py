@@ -65,6 +65,7 @@ def test_a_weight_larger_than_a_region():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the address sanitizer keeps freed memory")
 def test_memory_comes_back():
     first = pack(4096, 4096)
     before = resident()

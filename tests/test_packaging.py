@@ -51,7 +51,7 @@ PYBIND11_MODULE(_host, m) { m.def("answer", [] { return 42; }); }
 def make_tree(folder: Path) -> Path:
     """A copy of the source tree with stand-ins for csrc/, and with what older builds may have left behind."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json", "*.egg-info", "build", "dist")
-    for name in ("lutgemm", "bench"):
+    for name in ("lutgemm", "bench", "kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder / name)
@@ -114,7 +114,8 @@ def pure_files(tree: Path) -> set[str]:
         for pattern in ("*.py", "*.cu")
         for path in (tree / "bench").rglob(pattern)
     }
-    return ours | bench | {"lutgemm/_build_info.json"}
+    kernels = {f"lutgemm/kernels/{path.name}" for path in (tree / "kernels" / "triton").glob("*.py")}
+    return ours | bench | kernels | {"lutgemm/_build_info.json"}
 
 
 @needs_sources
@@ -296,8 +297,8 @@ def test_every_package_on_disk_is_declared() -> None:
         if "__pycache__" not in path.parts
     }
     on_disk |= {
-        ".".join(("lutgemm", *path.parent.relative_to(ROOT).parts))
-        for folder in ("bench", "kernels")
+        ".".join((name, *path.parent.relative_to(ROOT / folder).parts))
+        for folder, name in (("bench", "lutgemm.bench"), ("kernels/triton", "lutgemm.kernels"))
         for path in (ROOT / folder).rglob("__init__.py")
     }
     from setuptools.config.pyprojecttoml import read_configuration

@@ -11,6 +11,8 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from lutgemm.backends import triton as backend
 
@@ -167,3 +169,41 @@ def test_amd(name: str):
     assert not any("atomic" in op for op in counts)
     if name == "lut_gemm":
         assert counts["ds_bpermute_b32"] >= 256, "look-ups are moves between lanes"
+
+
+@pytest.fixture
+def driver() -> Iterator[None]:
+    """Stands for a GPU that only has a name, which is all that tracing asks for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Named:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget(*cuda(90))
+
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Named())
+    yield
+    triton.runtime.driver._active = before
+
+
+@pytest.mark.parametrize(("algorithm", "kernels"), [("lut_gemm", 2), ("dequant_gemm", 2), ("biqgemm", 2)])
+def test_compiled_graphs_hold_the_kernels(algorithm: str, kernels: int, driver: None):
+    """What Inductor is given: the kernels and their workspace, not a call of an operator."""
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lutgemm.kernels import launch
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor) -> tuple[Tensor]:
+            record = (codes, scales, None, None, None)
+            return (launch.bcq_linear(x * 2, *record, bias, 32, "free", algorithm, [16, 32, 2, 8, 2, 4, 3]) + 1,)
+
+    with FakeTensorMode():
+        shapes = ((3, 1024, torch.float16), (2, 20, 32, torch.int32), (2, 20, 32, torch.float16), (20, torch.float16))
+        inputs = [torch.empty(*size, dtype=dtype, device="cuda") for *size, dtype in shapes]
+        graph, _ = aot_export_module(Layer(), inputs, trace_joint=False)
+    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("triton_kernel_wrapper" in call for call in calls) == kernels, calls
+    assert not any("lutgemm" in call for call in calls)
