@@ -227,7 +227,8 @@ def cuda_part(torch: Torch | None, no_torch: str | None, compiler: list[str] | N
     if torch is None:
         return left_out(no_torch)
     if MODE == "auto" and torch.cuda is None:
-        return left_out(f"torch {torch.version} has no CUDA; install a CUDA build of torch, or set LUTGEMM_BUILD=cuda")
+        found = f"torch {torch.version}, for which lutgemm was built, has no CUDA"
+        return left_out(f"{found}; install a CUDA build of torch and reinstall lutgemm, or set LUTGEMM_BUILD=cuda")
     if NVCC is None:
         return left_out(NO_NVCC)
     return Part(

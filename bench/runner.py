@@ -270,7 +270,8 @@ def run_group(
                     Line(target, case, name)
                     for case in cases
                     for name in target.algorithms(case.op)
-                    if (not options.algorithms or name in options.algorithms)
+                    if target.takes(case, name)
+                    and (not options.algorithms or name in options.algorithms)
                     and (options.device == "cpu" or case.M <= MOST_LOOKED_UP or name.startswith("dequant"))
                 ]
                 checked = {line: group.check(line, threads, bandwidth) for line in lines}

@@ -47,11 +47,12 @@ Tensor codegemm_op(const Tensor& x, const Tensor& codes, const Tensor& scales, c
   p.float_scales = scales.scalar_type() == ScalarType::Float;
   check(p.float_scales || p.codebook_bits <= 8, "scales: codes of more than 8 bits take fp32 scales");
   check_tensor(scales, "scales", {units.groups, rows}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
-  check_tensor(codebooks, "codebooks", {-1, -1, -1}, ScalarType::Float, x);
-  check_tensor(norms, "norms", {p.num_codebooks + 1}, ScalarType::Float, x);
+  check_tensor(codebooks, "codebooks", {-1, -1, -1}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
+  check(p.float_scales || p.codebook_bits >= 3, "codebooks: fp16 ones must have at least 8 centroids");
+  check_tensor(norms, "norms", {2 * p.num_codebooks + 1}, ScalarType::Float, x);
   p.codes = codes.const_data_ptr();
   p.scales = scales.const_data_ptr();
-  p.codebooks = static_cast<const float*>(codebooks.const_data_ptr());
+  p.codebooks = codebooks.const_data_ptr();
   p.norms = static_cast<const float*>(norms.const_data_ptr());
   Tensor y;
   p.io = make_io(x, bias, y, N, K);
@@ -142,9 +143,8 @@ LUTGEMM_GPU_OPS(m) {
       "int N, int group_size) -> Tensor");
 #ifdef LUTGEMM_EMULATED
   m.def(
-      "_codegemm_plan(Tensor x, int N, int group_size, int num_codebooks, int vec_len, int codebook_bits, int "
-      "accuracy, "
-      "bool float_scales, int sm_count) -> Tensor");
+      "_codegemm_plan(Tensor x, int N, int group_size, int num_codebooks, int vec_len, int codebook_bits, "
+      "int accuracy, bool float_scales, int sm_count) -> Tensor");
   m.def(
       "_codebook_mma_plan(Tensor x, int N, int group_size, int planes, int vec_len, int codebook_bits, int sm_count, "
       "int shared_limit) -> Tensor");

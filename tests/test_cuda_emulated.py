@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -277,6 +279,38 @@ def test_no_layout_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyP
     made = kept_layout(there, "test", lambda: (torch.ones(1),))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert kept_layout(record, "test", lambda: (torch.ones(1),)) is made
+
+
+def test_a_layout_on_a_gpu_is_made_off_the_callers_thread_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what happens, with torch's streams replaced by a list."""
+    happened = []
+    caller = threading.get_ident()
+
+    def stream(device: torch.device) -> SimpleNamespace:
+        who = "caller's" if threading.get_ident() == caller else "other"
+        return SimpleNamespace(synchronize=lambda: happened.append(f"wait for the {who} stream of {device}"))
+
+    def make() -> tuple[torch.Tensor]:
+        assert threading.get_ident() != caller
+        assert not torch.is_grad_enabled()
+        happened.append("make")
+        return (torch.ones(1),)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    place = torch.device("cuda", 1)
+    assert gpu_layouts._on_a_thread_of_its_own(make, place)[0].item() == 1
+    assert happened == [
+        "wait for the caller's stream of cuda:1",
+        "make",
+        "wait for the other stream of cuda:1",
+    ]
+
+    def fail() -> tuple[torch.Tensor]:
+        raise torch.OutOfMemoryError("no room for a layout")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room for a layout"):
+        gpu_layouts._on_a_thread_of_its_own(fail, place)
 
 
 def test_the_real_backend_says_why_it_is_absent() -> None:

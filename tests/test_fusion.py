@@ -63,7 +63,8 @@ def test_siblings_may_differ_in_bits_and_kind_of_scales(isa, stacked):
             for m in (1, 5, 17):
                 x = torch.randn(m, 96)
                 assert torch.equal(model(x), twin(x))
-    assert stacked == [3] * 12
+    # With AVX-512 VBMI "fast" multiplies 17 tokens by 3 bits: no tables to share.
+    assert stacked == [3] * (12 - (isa == "avx512vbmi"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

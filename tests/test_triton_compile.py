@@ -89,7 +89,7 @@ def compiled(name: str, target: tuple[str, int | str, int], dtype: str = "fp16",
     constants = KERNELS[name] | dict(changes)
     types = pointer_types(name, dtype, "fp16")
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
-    aligned = [i for i, a in enumerate(kernel.arg_names) if a in types or a in ALIGNED]
+    aligned = [i for i, a in enumerate(kernel.arg_names) if a not in constants and (a in types or a in ALIGNED)]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return triton.compile(source, target=GPUTarget(*target), options={"num_warps": 4}).asm
 

@@ -116,7 +116,8 @@ void dequantize(const TileTask& task, Tile& tile) {
     for (int64_t j = 0; j < task.slices; ++j) {
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; ++part) {
-        _mm512_store_si512(tile.w[kParts * j + part] + r * kLanes, decode(high[j][r], low[kLow ? j : 0][r], part));
+        const __m512i below = kLow ? low[kLow ? j : 0][r] : _mm512_setzero_si512();
+        _mm512_store_si512(tile.w[kParts * j + part] + r * kLanes, decode(high[j][r], below, part));
       }
     }
   }

@@ -9,11 +9,6 @@
 #include "isa.h"
 
 namespace lutgemm {
-namespace {
-
-constexpr int64_t kPrefetchBytes = 12 << 10;
-
-}  // namespace
 
 TileTokensX make_tile_tokens(const PackedBytes& weight, Accuracy accuracy, int64_t first, int64_t count) {
   TileTokensX t;
@@ -32,6 +27,12 @@ TileTokensX make_tile_tokens(const PackedBytes& weight, Accuracy accuracy, int64
 }
 
 #if LUTGEMM_X86
+namespace {
+
+constexpr int64_t kPrefetchBytes = 12 << 10;
+
+}  // namespace
+
 void prepare_tile_spans(const PackedBytes& weight, const Io& io, int64_t begin, int64_t end, TileTokensX& tokens) {
   alignas(64) float x[kTileFeatures];
   const auto round = tokens.accuracy == Accuracy::kFast ? vbmi::round_to_bytes : vbmi::round_to_words;

@@ -1,4 +1,4 @@
-// BCQ for many tokens: tiles of W dequantized to 16-bit integers in L1, and multiplied there (AVX-512 VBMI, VNNI).
+// BCQ for many tokens: tiles of W dequantized to integers in L1, and multiplied there (AVX-512 VBMI and VNNI).
 //
 //   y[m, n] = sum over spans of unit[n, g] * ( step[m] * sum over k of w[n, k] * q[m, k]  -  zero[n, g] * sum[m] )
 //
@@ -71,7 +71,7 @@ struct TileTask {
   int64_t ahead_bytes;
   int64_t slices, tokens;
   const void* q;              // [tokens][kTileFeatures]
-  const float *steps, *sums;  // [tokens]
+  const float *steps, *sums;  // [tokens]{ 1, or kFastSteps }, [tokens]
   float* y;
 };
 

@@ -24,9 +24,11 @@ namespace {
 
 // 16 warps: all that registers for 32 rows of codes and 16 of scales each allow, and they keep 64 KB of loads in
 // flight.
-constexpr int kWarps = 16;
+constexpr int kWarps = kPsumWarps;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kChunkLoads = kChunkRows / 4;
+constexpr int kChunksToL2 = 2;  // of a warp, 128 KB a block: what memory brings in the time that a table takes
+static_assert(kChunkRows * kTileUnits * kUnitColumns == 128 * kWarpSize, "a line of L2 for each lane");
 constexpr int kTileRowBytes = kTileUnits * kUnitColumns;
 
 LUTGEMM_ANYWHERE constexpr int scale_bytes(PsumWord word) { return word == PsumWord::kFloat ? 4 : 2; }
@@ -65,8 +67,7 @@ __device__ __forceinline__ float scale_of(const ChunkData<kWord>& data, int row)
 // The sum of a lane's 4 look-ups, for each token of the pass. lane_byte = 4 * lane.
 template <PsumWord kWord>
 __device__ __forceinline__ void look_up(const unsigned char* table, uint32_t codes, uint32_t lane_byte,
-                                        const LaneUnit (&units)[word_tokens(kWord)],
-                                        float (&sums)[word_tokens(kWord)]) {
+                                        const float (&units)[word_tokens(kWord)], float (&sums)[word_tokens(kWord)]) {
   uint32_t at[kUnitColumns];
 #pragma unroll
   for (int column = 0; column < kUnitColumns; ++column) at[column] = prmt(codes, lane_byte, 0x5504 | column << 4);
@@ -76,7 +77,7 @@ __device__ __forceinline__ void look_up(const unsigned char* table, uint32_t cod
     for (int column = 0; column < kUnitColumns; ++column) {
       sum += *reinterpret_cast<const int16_t*>(table + column / 2 * 128 + column % 2 * 2 + at[column]);
     }
-    sums[0] = static_cast<float>(sum) * units[0].unit;
+    sums[0] = static_cast<float>(sum) * units[0];
   } else if constexpr (kWord == PsumWord::kPair14) {
     int sum = 0;
 #pragma unroll
@@ -84,8 +85,8 @@ __device__ __forceinline__ void look_up(const unsigned char* table, uint32_t cod
       sum += *reinterpret_cast<const int*>(table + column / 2 * kHalfTable + column % 2 * 128 + at[column]);
     }
     const int low = static_cast<int16_t>(sum);
-    sums[0] = static_cast<float>(low) * units[0].unit;
-    sums[1] = static_cast<float>((sum - low) >> 16) * units[1].unit;
+    sums[0] = static_cast<float>(low) * units[0];
+    sums[1] = static_cast<float>((sum - low) >> 16) * units[1];
   } else {
     float entry[kUnitColumns];
 #pragma unroll
@@ -110,7 +111,7 @@ struct ChunkSum {
   static constexpr int kTokens = word_tokens(kWord);
   ChunkData<kWord>& data;
   const unsigned char* table;
-  const LaneUnit (&units)[kTokens];
+  const float (&units)[kTokens];
   const unsigned char* next_codes;  // of this lane; null after the last chunk
   int lane;
 
@@ -139,7 +140,6 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
   constexpr int kTokens = word_tokens(kWord);
   constexpr int kScaleLoads = ChunkData<kWord>::kScaleLoads;
   unsigned char* table = dynamic_shared();
-  float* staged = reinterpret_cast<float*>(table + table_bytes(kWord));
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);  // one value a warp, as the compiler then knows
   const int tile = blockIdx.x, first_unit = tile * kTileUnits, m = blockIdx.z * kTokens;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
 
   // Weights first: they do not depend on the kernel before this one. Scales too, but where building needs the
   // registers.
-  constexpr bool kScalesFirst = kVec < 16;
+  constexpr bool kScalesFirst = kVec < (kWord == PsumWord::kFloat ? 8 : 16);
   ChunkData<kWord> data;
   const auto load_scales = [&](int64_t of) {
 #pragma unroll
@@ -169,25 +169,24 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
     }
     if constexpr (kScalesFirst) load_scales(chunk);
   }
-  grid_dependency_wait();
-
+  // While the table is made, memory goes on: the centroids, and the chunks after the first, come to L2.
+  const int64_t book_bytes = static_cast<int64_t>(s.num_codebooks) * max(s.entries, 8) * kVec * scale_bytes(kWord);
+  if (threadIdx.x * 128 < book_bytes && s.entries >= 8) {
+    prefetch_l2(static_cast<const unsigned char*>(s.codebooks) + threadIdx.x * 128);
+  }
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) stage_x<kVec>(s, first_unit, m + t, staged + t * kTileColumns * kVec);
-  __syncthreads();
-  LaneUnit units[kTokens];
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    units[t] = LaneUnit{1.f, 1.f};
-    if constexpr (kWord != PsumWord::kFloat) {
-      constexpr float kLargest = kWord == PsumWord::kInt16 ? 32767.f : 8191.f;
-      units[t] = lane_unit<kVec>(s, staged + t * kTileColumns * kVec, first_unit, kLargest);
+  for (int ahead = 1; ahead <= kChunksToL2; ++ahead) {
+    const int later = chunk + ahead * kWarps;
+    if (later < end_chunk) {
+      prefetch_l2(codes - 16 * lane + static_cast<int64_t>(later) * (kChunkRows * kTileRowBytes) + 128 * lane);
     }
   }
-  build_psumbook<kWord, kVec>(s, staged, first_unit, units, table);
+  grid_dependency_wait();
+  float units[kTokens];
+  make_psumbook<kWord, kVec>(s, first_unit, m, table, units);
   if constexpr (!kScalesFirst) {
     if (chunk < end_chunk) load_scales(chunk);
   }
-  __syncthreads();
   launch_dependents();
 
   for (; chunk < end_chunk; chunk += kWarps) {
@@ -237,7 +236,8 @@ __global__ void __launch_bounds__(kWideThreads) codegemm_wide_kernel(PsumShape s
   for (int index = 0; index < columns; ++index) {
     const Column column = find_column(s, first_unit + index / kUnitColumns, index % kUnitColumns);
     for (int e = threadIdx.x; e < s.entries; e += kWideThreads) {
-      const float* centroid = s.codebooks + (static_cast<int64_t>(column.codebook) * s.entries + e) * s.vec_len;
+      const float* centroid =
+          static_cast<const float*>(s.codebooks) + (static_cast<int64_t>(column.codebook) * s.entries + e) * s.vec_len;
       float sum = 0.f;
       for (int d = 0; d < s.vec_len; ++d) sum = fmaf(staged[index * s.vec_len + d], centroid[d], sum);
       table[index * s.entries + e] = sum;
@@ -266,9 +266,12 @@ __global__ void __launch_bounds__(kWideThreads) codegemm_wide_kernel(PsumShape s
 }
 
 // Clocks of an SM. A chunk: its 160 wavefronts, or about as long for its 4 KB at the bandwidth that an SM has of an
-// H100. Building: 2 slices for each entry and step, 5 instructions of overhead, 4 instructions a clock.
+// H100. A table, from the instructions of 16 warps at 4 a clock: integers by tensor cores, and fp32 by FFMA.
 constexpr int64_t kChunkClocks = 165;
-constexpr int64_t build_clocks(int entries, int vec_len) { return int64_t(entries) * (5 * vec_len / 2 + 5) / 2; }
+constexpr int64_t build_clocks(PsumWord word, int entries, int vec_len) {
+  if (word == PsumWord::kFloat) return 300 + int64_t(entries) * (5 * vec_len / 2 + 5) / 2;
+  return 2300 * word_tokens(word);
+}
 
 constexpr int kSlabTokens = 16;  // of a launch: bounds the workspace
 
@@ -309,7 +312,7 @@ CodegemmPlan plan_codegemm(const CodegemmProblem& p, int sm_count) {
   plan.tokens = word_tokens(plan.word);
   plan.tile_units = wide ? (4096 >> p.codebook_bits) : kTileUnits;
   plan.tiles = static_cast<int>(ceil_div(units.units, plan.tile_units));
-  plan.shared_bytes = wide ? kWideShared : table_bytes(plan.word) + staged_bytes(plan.word, p.vec_len);
+  plan.shared_bytes = wide ? kWideShared : psumbook_bytes(plan.word, p.vec_len);
   plan.slab_tokens = static_cast<int>(std::min<int64_t>(p.io.M, kSlabTokens));
 
   // Blocks along N: as many as fill the device once, twice, .., whichever ends first.
@@ -319,8 +322,8 @@ CodegemmPlan plan_codegemm(const CodegemmProblem& p, int sm_count) {
     const int64_t fitting = int64_t(waves) * sm_count / (plan.tiles * layers);
     const int64_t row_blocks = std::clamp<int64_t>(fitting, 1, chunks);
     const int64_t rounds = ceil_div(plan.tiles * layers * row_blocks, sm_count);
-    const int64_t clocks =
-        rounds * (build_clocks(1 << p.codebook_bits, p.vec_len) + ceil_div(chunks, row_blocks) * kChunkClocks);
+    const int64_t clocks = rounds * (build_clocks(plan.word, 1 << p.codebook_bits, p.vec_len) +
+                                     ceil_div(chunks, row_blocks) * kChunkClocks);
     if (clocks < least) {
       least = clocks;
       plan.row_blocks = static_cast<int>(row_blocks);
@@ -350,19 +353,15 @@ void codegemm(const CodegemmProblem& p, const Gpu& gpu) {
     io.M = std::min<int64_t>(plan.slab_tokens, p.io.M - first);
     io.x = static_cast<const unsigned char*>(p.io.x) + first * p.io.x_stride * element;
     io.y = static_cast<unsigned char*>(p.io.y) + first * p.io.N * element;
-    const PsumShape s{codegemm_units(io.K, p.group_size, p.num_codebooks, p.vec_len),
-                      static_cast<int>(io.M),
-                      static_cast<int>(io.N),
-                      static_cast<int>(io.K),
-                      static_cast<int>(p.group_size),
-                      p.num_codebooks,
-                      1 << p.codebook_bits,
-                      p.vec_len,
-                      io.x_stride,
-                      io.x,
-                      io.dtype,
-                      p.codebooks,
-                      p.norms};
+    PsumShape s{};
+    s.units = codegemm_units(io.K, p.group_size, p.num_codebooks, p.vec_len);
+    s.units_per_group_inverse = 1.f / static_cast<float>(s.units.units_per_group);
+    s.num_codebooks_inverse = 1.f / static_cast<float>(p.num_codebooks);
+    s.M = static_cast<int>(io.M), s.N = static_cast<int>(io.N), s.K = static_cast<int>(io.K);
+    s.group_size = static_cast<int>(p.group_size);
+    s.num_codebooks = p.num_codebooks, s.entries = 1 << p.codebook_bits, s.vec_len = p.vec_len;
+    s.x = io.x, s.x_stride = io.x_stride, s.x_dtype = io.dtype;
+    s.codebooks = p.codebooks, s.norms = p.norms;
     if (p.codebook_bits > 8) {
       const WideGather gather{static_cast<const uint16_t*>(p.codes), static_cast<const float*>(p.scales), chunks,
                               plan.tile_units, partial};

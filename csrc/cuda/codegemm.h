@@ -39,10 +39,12 @@ struct CodegemmProblem {
   int num_codebooks, vec_len, codebook_bits;
   Accuracy accuracy;
   const void* codes;
-  const void* scales;      // [G][padded rows]: fp32 as stored, or fp16 to be multiplied by scale_unit
-  bool float_scales;       // fp32: what is to be exact, fp32 weights, and codegemm_wide
-  const float* codebooks;  // [num_codebooks][1 << codebook_bits][vec_len]
-  const float* norms;      // [num_codebooks]: the largest Euclidean norm of a centroid of each; then scale_unit
+  const void* scales;     // [G][padded rows]: fp32 as stored, or fp16 to be multiplied by scale_unit
+  bool float_scales;      // fp32: what is to be exact, fp32 weights, and codegemm_wide
+  const void* codebooks;  // [num_codebooks][1 << codebook_bits][vec_len]: fp32, or beside fp16 scales fp16 in units of
+                          // book_unit, at least 8 entries, the largest value of each codebook from 1 to 2
+  const float* norms;     // [num_codebooks]: the largest Euclidean norm of a centroid of each; then scale_unit, and
+                          // [num_codebooks] book_unit
   void* workspace;
 };
 

@@ -7,8 +7,9 @@
 // once and streams its rows through them; then come its next inputs:
 //
 //   for each table's worth of inputs:  loads of the first codes | x -> staged -> tables | for each tile of 16 rows:
+//     ask for the next tile, to L2
 //     for each plane:  a word of each of the lane's rows: look up, add    (the registers of a quad of rows are filled
-//                      again with the next plane's codes as soon as they are used: one plane, 2 KB a warp, under way)
+//                      again with the next plane's codes as soon as they are used)
 //     sums over the lanes of the warp -> results in shared memory
 //   results -> y, or partial sums of this split of K
 #pragma once
@@ -37,6 +38,8 @@ struct LutArguments {
   bool offsets;
   int all_tiles, tiles_of_block, all_tables, tables_of_split;
 };
+
+constexpr int kUnitWords = kUnitInputs / kWordInputs;
 
 // word / (words of a group) as a multiplication; exact for words and divisors up to 2^19, all that kMaxFeatures allows:
 // the inverse is too large by at most divisor / 2^40, so that the quotient is by less than 2^38 / 2^40 of 1.
@@ -132,11 +135,27 @@ __device__ __forceinline__ void stage_x(const GpuIo& io, int64_t first_input, in
   }
 }
 
+// Asks for what a warp reads of a tile for a table: `codes` is what its lane 0 reads first, `scales` those of the unit.
+template <class Shape>
+__device__ __forceinline__ void prefetch_tile(const LutArguments& arguments, const uint32_t* codes, const char* scales,
+                                              int first_plane) {
+  constexpr int kQuadLines = Shape::kWords / 8, kPlaneLines = 4 * kQuadLines;  // of 128 bytes: 8 words of 4 rows
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+  for (int line = first_plane * kPlaneLines + lane; line < arguments.bits * kPlaneLines; line += kWarpSize) {
+    prefetch_l2(codes + line / kQuadLines * 128 + line % kQuadLines * 32);
+  }
+  const int unit_scales = arguments.terms * 4 * arguments.quad_scales;
+#pragma unroll 1
+  for (int byte = lane * 128; byte < unit_scales; byte += kWarpSize * 128) prefetch_l2(scales + byte);
+}
+
 // Grid (token block, row block, split): blocks that share codes are neighbours.
 template <class Tables, class Scales, bool kUniform>
 __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
   using Shape = typename Tables::Shape;
   constexpr int kTokens = Shape::kTokens, kQuads = Shape::kQuads;
+  constexpr bool kPrefetches = Scales::kBytes == 2;  // fp32 scales leave no registers for it
   const GpuIo& io = arguments.io;
   LUTGEMM_SHARED(StagedX<Shape>, staged, );
   unsigned char* tables = dynamic_shared();
@@ -155,10 +174,12 @@ __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
   const int last_table = min(first_table + arguments.tables_of_split, arguments.all_tables);
 
   for (int table = first_table; table < last_table; ++table) {
-    constexpr int kUnitWords = kUnitInputs / kWordInputs;
     const int first_word = table * Shape::kWords, unit = first_word / kUnitWords;
-    const uint32_t* codes = arguments.codes + (first_tile + warp) * arguments.tile_codes + unit * bits * kPlaneWords +
-                            row_lane * kQuads * 128 + (first_word % kUnitWords + word) * 4;
+    const uint32_t* tile_codes = arguments.codes + (first_tile + warp) * arguments.tile_codes +
+                                 unit * bits * kPlaneWords + first_word % kUnitWords * 4;
+    const char* tile_scales =
+        arguments.scales + (first_tile + warp) * arguments.tile_scales + unit * terms * term_scales;
+    const uint32_t* codes = tile_codes + row_lane * kQuads * 128 + word * 4;
     uint4 ahead[kQuads];
     if (warp < tiles) {
 #pragma unroll
@@ -167,13 +188,14 @@ __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
     const int last_word = static_cast<int>((io.K - 1) / kWordInputs);
     const int slot = group_of_word(min(first_word + word, last_word), arguments.group_inverse) -
                      group_of_word(unit * kUnitWords, arguments.group_inverse);
-    const char* scales = arguments.scales + (first_tile + warp) * arguments.tile_scales + unit * terms * term_scales +
-                         row_lane * kQuads * quad_scales + slot * 4 * Scales::kBytes;
+    const int lane_scales = row_lane * kQuads * quad_scales + slot * 4 * Scales::kBytes;
+    const char* next_scales = tile_scales + lane_scales;
     Scales ahead_scales[kQuads];
     if (warp < tiles && !kUniform) {
 #pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) ahead_scales[quad].load(scales + quad * quad_scales);
+      for (int quad = 0; quad < kQuads; ++quad) ahead_scales[quad].load(next_scales + quad * quad_scales);
     }
+    if (warp < tiles) prefetch_tile<Shape>(arguments, tile_codes, tile_scales, 1);
 
     if (table == first_table) {
       grid_dependency_wait();
@@ -186,19 +208,24 @@ __device__ __forceinline__ void lut_block(const LutArguments& arguments) {
     Tables::build(staged, tables);
     __syncthreads();
 
-    const char* next_scales = scales;
-    for (int tile = warp; tile < tiles; tile += kLutWarps, scales += kLutWarps * arguments.tile_scales) {
+    for (int tile = warp; tile < tiles; tile += kLutWarps) {
+      const bool last_tile = tile + kLutWarps >= tiles;
       Scales offsets[kQuads], steps[kQuads];  // the uniform kind: centers and s
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
-        if (arguments.offsets) offsets[quad].load(scales + (terms - 1) * term_scales + quad * quad_scales);
-        if (kUniform) steps[quad].load(scales + quad * quad_scales);
+        const char* from = tile_scales + lane_scales + quad * quad_scales;
+        if (arguments.offsets) offsets[quad].load(from + (terms - 1) * term_scales);
+        if (kUniform) steps[quad].load(from);
+      }
+      tile_codes += kLutWarps * arguments.tile_codes, tile_scales += kLutWarps * arguments.tile_scales;
+      if (kPrefetches && !last_tile) {
+        prefetch_tile<Shape>(arguments, tile_codes, tile_scales, 0);
       }
       float sums[Shape::kSums] = {};
       for (int plane = 0; plane < bits; ++plane) {
-        const bool last = plane == bits - 1, more = !last || tile + kLutWarps < tiles;
+        const bool last = plane == bits - 1, more = !last || !last_tile;
         codes += last ? kLutWarps * arguments.tile_codes - (bits - 1) * kPlaneWords : kPlaneWords;
-        next_scales = last ? scales + kLutWarps * arguments.tile_scales : next_scales + term_scales;
+        next_scales = last ? tile_scales + lane_scales : next_scales + term_scales;
         const float place =
             __int_as_float((127 + bits - 1 - plane) << 23);  // 2^(bits - 1 - plane), of the uniform kind
 #pragma unroll

@@ -5,18 +5,11 @@
 namespace lutgemm::cuda {
 namespace {
 
-// Blocks of a multiprocessor. On Hopper 3 of 70 KB fit shared memory, and the commonest kind fits 80 registers; kinds
-// that hold more scales would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <class Scales, bool kUniform>
+// A multiprocessor: 128 registers a thread, 70 to 90 KB of shared memory a block.
 constexpr int kBlocks = 2;
-#else
-template <class Scales, bool kUniform>
-constexpr int kBlocks = Scales::kBytes == 2 && !kUniform ? 3 : 2;
-#endif
 
 template <class Tables, class Scales, bool kUniform>
-__global__ void __launch_bounds__(kLutThreads, kBlocks<Scales, kUniform>) lut_gemm_kernel(LutArguments arguments) {
+__global__ void __launch_bounds__(kLutThreads, kBlocks) lut_gemm_kernel(LutArguments arguments) {
   lut_block<Tables, Scales, kUniform>(arguments);
 }
 

@@ -16,21 +16,26 @@
 //
 //   FloatTables<bytes>   fp32 values of 1, 2, 4 tokens
 //   HalfTables<bytes>    fp16 values of 2, 4, 8 tokens, for results that need not be better than fp16
-//   ShortTables          int16 values of one token, to 1/32766 of a word's largest; 256 entries, so that a byte of code
+//   ShortTables          16-bit values of one token, in 1/32760 of its largest; 256 entries, so that a byte of code
 //                        is an address as it is. Two slices share a bank: slice % 2 * 2 takes the place of slice % 2 *
 //                        128, and slice / 2 * 128 that of slice / 2 * 32768.
 //
-// Instructions per word of code (4 look-ups, 32 bits) and T tokens, besides the loads of codes and scales, and bounds
-// they put on a multiprocessor's clock (128 issue lanes, 64 lanes of integer operations, 128 bytes of shared memory):
+// Instructions per word of code (4 look-ups, 32 bits) and T tokens; those of the whole loop over planes as nvcc 13.0
+// compiles it for sm_90a, with the loads of codes and fp16 scales; and what a multiprocessor can do at most in a clock
+// by that count (128 issue lanes), by integer operations (64 lanes), by shared memory (128 bytes). Counted, not timed:
 //
-//            rotate address load sign add to fp32 scale  total  code bits a clock by issue, integers, shared memory
-//   Short         -       4    4    -   2       1     1     12   341  341  256
-//   Float T=1     3       4    4    4   4       -     -     19   215  186  256
-//   Float T=2     3       4    4    4   8       -     -     23   178  186  128
-//   Float T=4     3       4    4    4  16       -     -     31   132  186   64
-//   Half  T=2     3       4    4    4   4       2     2     23   178  186  256
-//   Half  T=4     3       4    4    4   8       4     4     31   132  186  128
-//   Half  T=8     3       4    4    4  16       8     8     47    87  186   64
+//            rotate address load sign add to fp32 scale  total  loop    code bits a clock: issue, integers, memory
+//   Short         -       4    4    -   2       1     1     12  16.3    251  341  256
+//   Float T=1     3       4    4    4   4       -     -     19  23.3    176  186  256
+//   Float T=2     3       4    4    4   8       -     -     23  27.6    148  186  128
+//   Float T=4     3       4    4    4  16       -     -     31  38      108  186   64
+//   Half  T=2     3       4    4    4   4       2     2     23  27      152  186  256
+//   Half  T=4     3       4    4    4   8       4     4     31  36      114  186  128
+//   Half  T=8     3       4    4    4  16       8     8     47  57.8     71  186   64
+//
+// To keep up with memory an H100 has to do about 100 a clock, an H200 about 144. Sums over lanes, offsets and results
+// add some 200 instructions to a tile of 16 rows, a build some 400 to each warp: they are why rows are streamed in
+// numbers.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -42,6 +47,7 @@ namespace lutgemm::cuda {
 constexpr int kLutWarps = 8;  // a build's parts: two (or four) for each slice (or pair) of a word
 constexpr int kLutThreads = kLutWarps * kWarpSize;
 constexpr int kTableBytes = 64 * 1024;
+constexpr int kAndOr = 0xea;  // lop3: a & b | c
 // Floats of a word of staged x, and in LutShape of a token: a build's 16-byte loads then find free banks.
 constexpr int kPaddedWord = kWordInputs + 4;
 
@@ -88,7 +94,10 @@ struct TurnedWord {
   uint32_t by[4];
   __device__ __forceinline__ explicit TurnedWord(uint32_t word)
       : by{word, __funnelshift_r(word, word, 8), __funnelshift_r(word, word, 16), __funnelshift_r(word, word, 24)} {}
-  __device__ __forceinline__ uint32_t address(int slice) const { return by[(slice + 3) % 4] & 0x7f00u; }
+  // With the address of the lane's word. lop3: the compiler likes to take two instructions for this.
+  __device__ __forceinline__ uint32_t address(int slice, uint32_t lane_address) const {
+    return lop3<kAndOr>(by[(slice + 3) % 4], 0x7f00u, lane_address);
+  }
   __device__ __forceinline__ uint32_t sign(int slice) const { return by[(slice + 1) % 4] & 0x80000000u; }
 };
 
@@ -138,7 +147,7 @@ struct FloatTables : LutShape<kBytes, kBytes / 4> {
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
       uint32_t values[Shape::kTokens];
-      load_entry(values, tables + (turned.address(slice) | lane_address) + slice_offset(slice));
+      load_entry(values, tables + turned.address(slice, lane_address) + slice_offset(slice));
       const float signed_scale = __uint_as_float(turned.sign(slice) ^ __float_as_uint(scale));
 #pragma unroll
       for (int t = 0; t < Shape::kTokens; ++t) sums[t] = fmaf(signed_scale, __uint_as_float(values[t]), sums[t]);
@@ -195,8 +204,8 @@ struct HalfTables : LutShape<kBytes, kBytes / 2> {
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
       uint32_t values[kPairs];
-      load_entry(values, tables + (turned.address(slice) | lane_address) + slice_offset(slice));
-      const uint32_t one = lop3<0xea>(turned.by[(slice + 1) % 4], 0x80000000u, 0x3c000000u);  // +1 or -1: a & b | c
+      load_entry(values, tables + turned.address(slice, lane_address) + slice_offset(slice));
+      const uint32_t one = lop3<kAndOr>(turned.by[(slice + 1) % 4], 0x80000000u, 0x3c000000u);  // +-1 in the upper half
       const __half2 sign = __high2half2(*reinterpret_cast<const __half2*>(&one));
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
@@ -271,7 +280,8 @@ struct ShortTables : LutShape<4, 1> {
     int sum = kAdded;
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
-      const uint32_t address = prmt(code, lane_address, 0x6504 | slice << 4);  // byte 0 of lane_address, then the code's
+      const uint32_t address =
+          prmt(code, lane_address, 0x6504 | slice << 4);  // byte 0 of lane_address, then the code's
       sum += *reinterpret_cast<const uint16_t*>(tables + address + slice / 2 * 128 + slice % 2 * 2);
     }
     sums[0] = fmaf(scale, static_cast<float>(sum), sums[0]);

@@ -17,6 +17,9 @@
 // Integer entries are rounded in units of a lane: its largest possible entry, by Cauchy and Schwarz |x slice| times the
 // largest norm of a centroid, is 32767 (kInt16) or 8191 (kPair14) of them. So outliers of x coarsen only the 4 columns
 // beside them, and sums of 4 entries are exact: below 2**17, and for kPair14 below 2**15, as its lower half demands.
+// They are made by tensor cores: x, in units, is the sum of two fp16 values to 2**-22, centroids are fp16 times a power
+// of two (16-bit codebooks; fp32 ones take kFloat), and one mma makes 16 lanes x 8 entries of a column. fp32 entries
+// are made by FFMA, in order.
 #pragma once
 
 #include "cuda/codegemm.h"
@@ -31,13 +34,26 @@ constexpr int kTileColumns = kTileUnits * kUnitColumns;
 constexpr int kTableEntries = 256;                       // what a byte can name
 constexpr int kEntryBytes = 256;                         // of two words a lane
 constexpr int kHalfTable = kTableEntries * kEntryBytes;  // 64 KB
+constexpr int kPsumWarps = 16;                           // of a block
 
 LUTGEMM_ANYWHERE constexpr int word_tokens(PsumWord word) { return word == PsumWord::kPair14 ? 2 : 1; }
 LUTGEMM_ANYWHERE constexpr int table_bytes(PsumWord word) {
   return word == PsumWord::kInt16 ? kHalfTable : 2 * kHalfTable;
 }
+
+// Shared memory behind the table: x as fp32; its fragments, of every column and half of the lanes; units of the lanes.
 LUTGEMM_ANYWHERE constexpr int staged_bytes(PsumWord word, int vec_len) {
   return word_tokens(word) * kTileColumns * vec_len * 4;
+}
+LUTGEMM_ANYWHERE constexpr int fragment_words(int vec_len) { return vec_len <= 4 ? 2 : vec_len == 8 ? 4 : 8; }
+LUTGEMM_ANYWHERE constexpr int fragment_bytes(PsumWord word, int vec_len) {
+  return word == PsumWord::kFloat ? 0 : word_tokens(word) * kUnitColumns * 2 * kWarpSize * fragment_words(vec_len) * 4;
+}
+LUTGEMM_ANYWHERE constexpr int unit_bytes(PsumWord word) {
+  return word == PsumWord::kFloat ? 0 : word_tokens(word) * kTileUnits * 8;
+}
+LUTGEMM_ANYWHERE constexpr int psumbook_bytes(PsumWord word, int vec_len) {
+  return table_bytes(word) + staged_bytes(word, vec_len) + fragment_bytes(word, vec_len) + unit_bytes(word);
 }
 
 // Of a launch, for the kernels.
@@ -47,13 +63,23 @@ struct PsumShape {
   int group_size;
   int num_codebooks;
   int entries;  // 1 << codebook_bits
+  float units_per_group_inverse, num_codebooks_inverse;
   int vec_len;
   int64_t x_stride;
   const void* x;
   DType x_dtype;
-  const float* codebooks;
-  const float* norms;  // [num_codebooks], then the unit of the scales
+  const void* codebooks;  // fp32, or fp16 for integer words (codegemm.h)
+  const float* norms;
 };
+
+// n / d for n >= 0, given 1 / d in fp32, in a third of the instructions: three roundings of 2**-24 leave the estimate
+// off by one at most.
+__device__ __forceinline__ int divide(int n, int d, float inverse) {
+  if (n >= 1 << 22) return n / d;
+  const int estimate = static_cast<int>(static_cast<float>(n) * inverse);
+  const int rest = n - estimate * d;
+  return rest < 0 ? estimate - 1 : rest >= d ? estimate + 1 : estimate;
+}
 
 // The slice and codebook of column `column` of unit `unit`; k is -1 where there is none.
 struct Column {
@@ -62,11 +88,16 @@ struct Column {
 };
 
 __device__ __forceinline__ Column find_column(const PsumShape& s, int unit, int column) {
-  const int group = unit / s.units.units_per_group;
+  const int group = divide(unit, s.units.units_per_group, s.units_per_group_inverse);
   const int in_group = (unit - group * s.units.units_per_group) * kUnitColumns + column;
-  const int vector = in_group / s.num_codebooks;
+  const int vector = divide(in_group, s.num_codebooks, s.num_codebooks_inverse);
   const bool there = unit < s.units.units && vector < s.units.group_vectors;
   return Column{there ? group * s.group_size + vector * s.vec_len : -1, in_group - vector * s.num_codebooks};
+}
+
+// That codebook alone: units start with codebook 0, but for 3 codebooks.
+__device__ __forceinline__ int column_codebook(const PsumShape& s, int unit, int column) {
+  return s.num_codebooks == 3 ? find_column(s, unit, column).codebook : column & (s.num_codebooks - 1);
 }
 
 // Element d of a lane's column in the staged tile: [d / width][column][lane][d % width], width = min(vec_len, 4), so
@@ -152,7 +183,7 @@ __device__ __forceinline__ LaneUnit lane_unit(const PsumShape& s, const float* s
   for (int column = 0; column < kUnitColumns; ++column) {
     float x[kVec];
     load_slice<kVec>(staged, column, lane, x);
-    const float norm = sqrtf(dot<kVec>(x, x)) * s.norms[find_column(s, first_unit + lane, column).codebook];
+    const float norm = sqrtf(dot<kVec>(x, x)) * s.norms[column_codebook(s, first_unit + lane, column)];
     finite = finite && norm <= 3e38f;
     bound = fmaxf(bound, norm);
   }
@@ -161,66 +192,216 @@ __device__ __forceinline__ LaneUnit lane_unit(const PsumShape& s, const float* s
                              : LaneUnit{bound / largest * s.norms[s.num_codebooks], largest / bound};
 }
 
-// Zero for NaN and Inf too where the lane has no unit, so that they stay out of the other token's half of a word.
-__device__ __forceinline__ float scaled(float x, float inverse) { return inverse == 0.f ? 0.f : x * inverse; }
+__device__ __forceinline__ uint32_t half_pair(float low, float high) {
+  return __half_as_ushort(__float2half_rn(low)) | static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
+}
+
+__device__ __forceinline__ float half_error(float x) { return x - __half2float(__float2half_rn(x)); }
+
+// x in units as fragments A of mma m16n8k16, rows being lanes: [token][column][half of the lanes][thread][words]. With
+// group = thread / 4, t = thread % 4, a pair being two adjacent elements of the slice in fp16, and an error what fp16
+// leaves of them:
+//   v = 2, 4   k 0..v-1 values, then errors: t has pair t, or the errors of pair t - v / 2; the rest of k is zero
+//   v = 8      k 0..7 values, 8..15 errors: pair t and its errors
+//   v = 16     two mma, of values and of errors: pairs t and 4 + t
+// so that all but v = 2 multiply centroid pair t % (v / 2) (and 4 + t). Words are in the order of the registers of mma.
+template <PsumWord kWord, int kVec>
+__device__ __forceinline__ void make_fragments(const PsumShape& s, const float* staged, const LaneUnit* units,
+                                               int first_unit, uint32_t* fragments) {
+  constexpr int kWords = fragment_words(kVec);
+  for (int i = threadIdx.x; i < word_tokens(kWord) * kUnitColumns * 2 * kWarpSize; i += blockDim.x) {
+    const int group = i / 4 % 8, t = i % 4, half = i / kWarpSize % 2, column = i / (2 * kWarpSize) % kUnitColumns;
+    const int token = i / (2 * kWarpSize * kUnitColumns);
+    uint32_t words[kWords];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int lane = half * 16 + row * 8 + group;
+      const int codebook = column_codebook(s, first_unit + lane, column);
+      const float inverse = units[token * kTileUnits + lane].inverse;
+      const float factor = inverse * s.norms[s.num_codebooks + 1 + codebook];
+      const auto element =
+          [&](int d) {  // zero for NaN and Inf, where a lane has no unit: they stay out of other tokens
+            const float x = *staged_slice<kVec>(staged + token * (kTileColumns * kVec), column, lane, d);
+            return inverse == 0.f ? 0.f : x * factor;
+          };
+      if constexpr (kVec <= 4) {
+        const int pair = t % (kVec / 2), part = t / (kVec / 2);
+        const float low = element(2 * pair), high = element(2 * pair + 1);
+        words[row] = part == 0 ? half_pair(low, high) : part == 1 ? half_pair(half_error(low), half_error(high)) : 0;
+      } else {
+#pragma unroll
+        for (int p = 0; p < kVec / 8; ++p) {
+          const float low = element(8 * p + 2 * t), high = element(8 * p + 2 * t + 1);
+          words[2 * p + row] = half_pair(low, high);
+          words[kWords / 2 + 2 * p + row] = half_pair(half_error(low), half_error(high));
+        }
+      }
+    }
+    if constexpr (kWords == 2) {
+      store8(fragments + i * 2, make_uint2(words[0], words[1]));
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWords; w += 4) {  // [mma][thread][4 words] would serve no other purpose
+        store16(fragments + i * kWords + w, make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]));
+      }
+    }
+  }
+}
 
 constexpr float kRoundToInteger = 12582912.f;  // 1.5 * 2**23: the sum's lower bits are the integer nearest to the other
 
 __device__ __forceinline__ uint32_t rounded_bits(float value) { return __float_as_uint(value + kRoundToInteger); }
 
-// Makes the table, each warp its share of the entries. `staged` holds word_tokens tiles one after another. Every step
-// takes two slices of a lane through all entries: two columns of one token, or one column of two tokens.
-template <PsumWord kWord, int kVec>
-__device__ __forceinline__ void build_psumbook(const PsumShape& s, const float* staged, int first_unit,
-                                               const LaneUnit (&units)[word_tokens(kWord)], unsigned char* table) {
+// The table of integers, 16 entries to a warp. A step is the two columns of a kInt16 word, or the two tokens of one
+// column. kThree: 3 codebooks, of which neighbouring lanes have different ones in a column; each takes a pass over its
+// lanes.
+template <PsumWord kWord, int kVec, bool kThree>
+__device__ __forceinline__ void build_integers(const PsumShape& s, const uint32_t* fragments, int first_unit,
+                                               unsigned char* table) {
   constexpr bool kPair = kWord == PsumWord::kPair14;
-  [[maybe_unused]] constexpr int kUnroll = kVec < 8    ? 4
-                                           : kVec < 16 ? 2
-                                                       : 1;  // about 32 registers of centroids under way
   constexpr int kSteps = kPair ? kUnitColumns : kUnitColumns / 2;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
-#pragma unroll 1
-  for (int step = 0; step < kSteps; ++step) {
-    const int column_a = kPair ? step : 2 * step, column_b = kPair ? step : 2 * step + 1;
-    float xa[kVec], xb[kVec];
-    load_slice<kVec>(staged, column_a, lane, xa);
-    load_slice<kVec>(staged + (kPair ? kTileColumns * kVec : 0), column_b, lane, xb);
-    if constexpr (kWord != PsumWord::kFloat) {
+  constexpr int kWords = fragment_words(kVec), kMmas = kVec == 16 ? 2 : 1;
+  constexpr int kColumnWords = 2 * kWarpSize * kWords;  // of fragments
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, group = lane / 4, t = lane % 4;
+  const int entries = max(s.entries, 8), book_words = entries * (kVec / 2);
+  const uint32_t* books = static_cast<const uint32_t*>(s.codebooks) + group * (kVec / 2) + t % (kVec / 2);
+  fragments += lane * kWords;
+  [[maybe_unused]] int first_book[4] = {};  // that of column 0 of each of the lanes that this thread multiplies
+  if constexpr (kThree) {
 #pragma unroll
-      for (int d = 0; d < kVec; ++d) {
-        xa[d] = scaled(xa[d], units[0].inverse);
-        xb[d] = scaled(xb[d], units[kPair ? 1 : 0].inverse);
+    for (int r = 0; r < 4; ++r) first_book[r] = column_codebook(s, first_unit + r * 8 + group, 0);
+  }
+  // Threads of one group have entries in the same banks, so each starts with other lanes.
+  int to[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) to[r] = 2 * t * kEntryBytes + ((r + t) % 4 * 8 + group) * 4;
+
+#pragma unroll
+  for (int tile = 0; tile < kTableEntries / 8 / kPsumWarps; ++tile) {
+    const int first = (warp + tile * kPsumWarps) * 8;
+    if (first >= entries) break;
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      float d[2][2][4] = {};  // [column or token][half of the lanes]
+#pragma unroll 1
+      for (int pass = 0; pass < (kThree ? 3 : 1); ++pass) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const int column = kPair ? step : 2 * step + side, token = kPair ? side : 0;
+          const int book = kThree ? pass : column & (s.num_codebooks - 1);
+          const uint32_t* entry = books + book * book_words + first * (kVec / 2);
+          uint32_t b[2];
+          b[0] = entry[0];
+          b[1] = kVec == 16 ? entry[4] : b[0];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t* from =
+                fragments + (token * kUnitColumns + column) * kColumnWords + half * kWarpSize * kWords;
+#pragma unroll
+            for (int m = 0; m < kMmas; ++m) {
+              uint32_t a[4] = {};
+              if constexpr (kWords == 2) {
+                const uint2 v = load8(from);
+                a[0] = v.x, a[1] = v.y;
+              } else {
+                const uint4 v = load16(from + 4 * m);
+                a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
+              }
+              if constexpr (kThree) {
+#pragma unroll
+                for (int w = 0; w < 4; ++w) {
+                  if ((first_book[2 * half + w % 2] + column) % 3 != pass) a[w] = 0;
+                }
+              }
+              mma_f16(d[side][half], a, b);
+            }
+          }
+        }
       }
-    }
-    const float* book_a = s.codebooks + find_column(s, first_unit + lane, column_a).codebook * s.entries * kVec;
-    const float* book_b = s.codebooks + find_column(s, first_unit + lane, column_b).codebook * s.entries * kVec;
-    unsigned char* words = table + 4 * lane;
-    if (kWord == PsumWord::kInt16) words += step * 128;
-    if (kWord == PsumWord::kFloat) words += step * kHalfTable;
-    if (kPair) words += step / 2 * kHalfTable + step % 2 * 128;
-#pragma unroll kUnroll
-    for (int e = warp; e < s.entries; e += warps) {
-      float ca[kVec], cb[kVec];
-      load_centroid<kVec>(book_a + e * kVec, ca);
-      const float a = dot<kVec>(xa, ca);
-      float b;
-      if constexpr (kPair) {
-        b = dot<kVec>(xb, ca);
-      } else {
-        load_centroid<kVec>(book_b + e * kVec, cb);
-        b = dot<kVec>(xb, cb);
-      }
-      uint32_t* word = reinterpret_cast<uint32_t*>(words + e * kEntryBytes);
-      if constexpr (kWord == PsumWord::kInt16) {
-        word[0] = prmt(rounded_bits(a), rounded_bits(b), 0x5410);
-      } else if constexpr (kPair) {
-        word[0] = (rounded_bits(b) << 16) + (rounded_bits(a) - __float_as_uint(kRoundToInteger));
-      } else {
-        word[0] = __float_as_uint(a);
-        word[kWarpSize] = __float_as_uint(b);
+      unsigned char* words =
+          table + first * kEntryBytes + (kPair ? step / 2 * kHalfTable + step % 2 * 128 : step * 128);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {  // entry first + 2t + k, of lanes group, 8 + group, ..
+        uint32_t word[4], turned[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const uint32_t low = rounded_bits(d[0][r / 2][r % 2 * 2 + k]);
+          const uint32_t high = rounded_bits(d[1][r / 2][r % 2 * 2 + k]);
+          word[r] = kPair ? (high << 16) + (low - __float_as_uint(kRoundToInteger)) : prmt(low, high, 0x5410);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) turned[r] = t % 2 ? word[(r + 1) % 4] : word[r];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          *reinterpret_cast<uint32_t*>(words + k * kEntryBytes + to[r]) = t / 2 ? turned[(r + 2) % 4] : turned[r];
+        }
       }
     }
   }
+}
+
+// The table of fp32 entries: each warp takes every 16th, two columns of all lanes at a time.
+template <int kVec>
+__device__ __forceinline__ void build_floats(const PsumShape& s, const float* staged, int first_unit,
+                                             unsigned char* table) {
+  [[maybe_unused]] constexpr int kUnroll = kVec < 8 ? 4 : kVec < 16 ? 2 : 1;  // some 32 registers of centroids
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll 1
+  for (int step = 0; step < kUnitColumns / 2; ++step) {
+    float xa[kVec], xb[kVec];
+    load_slice<kVec>(staged, 2 * step, lane, xa);
+    load_slice<kVec>(staged, 2 * step + 1, lane, xb);
+    const float* books = static_cast<const float*>(s.codebooks) + warp * kVec;
+    const float* a = books + column_codebook(s, first_unit + lane, 2 * step) * s.entries * kVec;
+    const float* b = books + column_codebook(s, first_unit + lane, 2 * step + 1) * s.entries * kVec;
+    float* word = reinterpret_cast<float*>(table + step * kHalfTable + warp * kEntryBytes + 4 * lane);
+#pragma unroll kUnroll
+    for (int e = warp; e < s.entries; e += kPsumWarps) {
+      float ca[kVec], cb[kVec];
+      load_centroid<kVec>(a, ca);
+      load_centroid<kVec>(b, cb);
+      word[0] = dot<kVec>(xa, ca);
+      word[kWarpSize] = dot<kVec>(xb, cb);
+      a += kPsumWarps * kVec;
+      b += kPsumWarps * kVec;
+      word += kPsumWarps * kEntryBytes / 4;
+    }
+  }
+}
+
+// The whole: x staged, and the table of all 4 columns of 32 lanes made, for tokens m, .. Returns this lane's units. All
+// threads of the block; behind the last barrier inside, the table is there.
+template <PsumWord kWord, int kVec>
+__device__ __forceinline__ void make_psumbook(const PsumShape& s, int first_unit, int m, unsigned char* table,
+                                              float (&unit)[word_tokens(kWord)]) {
+  constexpr int kTokens = word_tokens(kWord);
+  float* staged = reinterpret_cast<float*>(table + table_bytes(kWord));
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) stage_x<kVec>(s, first_unit, m + t, staged + t * kTileColumns * kVec);
+  __syncthreads();
+  if constexpr (kWord == PsumWord::kFloat) {
+    build_floats<kVec>(s, staged, first_unit, table);
+    unit[0] = 1.f;
+  } else {
+    uint32_t* fragments = reinterpret_cast<uint32_t*>(staged + kTokens * kTileColumns * kVec);
+    LaneUnit* units = reinterpret_cast<LaneUnit*>(fragments + fragment_bytes(kWord, kVec) / 4);
+    if (threadIdx.x < kTokens * kWarpSize) {
+      constexpr float kLargest = kWord == PsumWord::kInt16 ? 32767.f : 8191.f;
+      const int token = threadIdx.x / kWarpSize;
+      units[threadIdx.x] = lane_unit<kVec>(s, staged + token * kTileColumns * kVec, first_unit, kLargest);
+    }
+    __syncthreads();
+    make_fragments<kWord, kVec>(s, staged, units, first_unit, fragments);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) unit[t] = units[t * kTileUnits + threadIdx.x % kWarpSize].unit;
+    __syncthreads();
+    if (s.num_codebooks == 3) {
+      build_integers<kWord, kVec, true>(s, fragments, first_unit, table);
+    } else {
+      build_integers<kWord, kVec, false>(s, fragments, first_unit, table);
+    }
+  }
+  __syncthreads();
 }
 
 }  // namespace lutgemm::cuda

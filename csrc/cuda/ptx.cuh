@@ -4,6 +4,7 @@
 //       Global memory that is read once in this kernel and written by nobody while it runs: past L1, first to leave L2.
 //       What is loaded before grid_dependency_wait() is issued before it. (ptxas moves ld.global.nc behind that wait,
 //       so these are plain loads.)
+//   prefetch_l2(p)   brings the line of 128 bytes around p to L2, soon; p must be readable
 //   uint4 load16(p), uint2 load8(p), store16(p, uint4), store8(p, uint2)     shared or global, aligned to their size
 //   cp_async16(shared, global, valid = true), cp_async8, cp_async4           global -> shared without registers; zeros
 //       when not valid (then `global` is not read). cp_async16_stream: as load_stream16.
@@ -65,6 +66,7 @@ using emulation::ptx::mma_s8;
 using emulation::ptx::mma_s8u8;
 using emulation::ptx::mma_u8;
 using emulation::ptx::mma_u8s8;
+using emulation::ptx::prefetch_l2;
 using emulation::ptx::prmt;
 using emulation::ptx::store16;
 using emulation::ptx::store8;
@@ -97,6 +99,8 @@ LUTGEMM_PTX uint32_t load_stream4(const void* p) {
   asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(p), "l"(kEvictFirst));
   return v;
 }
+
+LUTGEMM_PTX void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // The compiler sees which memory a pointer is into, and so emits LDS, LDG, STS or STG of the full width.
 LUTGEMM_PTX uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }

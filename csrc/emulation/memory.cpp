@@ -68,6 +68,11 @@ void write_bytes(void* to, const void* from, size_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
+void prefetch(const void* from) {
+  const Access access{reinterpret_cast<uintptr_t>(from), 1, false, false, __builtin_return_address(0)};
+  if (checking) global_access(access);
+}
+
 uint64_t atomic_read(const void* address, size_t bytes) {
   access_memory(reinterpret_cast<uintptr_t>(address), bytes, true, true, __builtin_return_address(0));
   uint64_t value = 0;

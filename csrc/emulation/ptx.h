@@ -16,6 +16,7 @@ __forceinline__ T load(const void* p) {
 __forceinline__ uint4 load_stream16(const void* p) { return load<uint4>(p); }
 __forceinline__ uint2 load_stream8(const void* p) { return load<uint2>(p); }
 __forceinline__ uint32_t load_stream4(const void* p) { return load<uint32_t>(p); }
+__forceinline__ void prefetch_l2(const void* p) { emulation::prefetch(p); }
 __forceinline__ uint4 load16(const void* p) { return load<uint4>(p); }
 __forceinline__ uint2 load8(const void* p) { return load<uint2>(p); }
 __forceinline__ void store16(void* p, uint4 v) { write_bytes(p, &v, sizeof(v)); }

@@ -40,6 +40,8 @@ class Device(NamedTuple):
 
     processors: int = 132
     warp: int = 32
+    shared: int = 99 << 10
+    """bytes of shared memory that a program may have"""
     interpreted: bool = False
 
 
@@ -115,14 +117,23 @@ def blocks(task: Task, device: Device) -> Iterator[Config]:
     if task.algorithm == "dequant_gemm":
         tokens = [m for m in (16, 32, 64, 128) if m <= max(16, power_of_two(task.M))]
         for m, n, k in product(tokens[-2:], (64, 128), (32, 64)):
-            yield Config(m, n, max(1, k // task.unit), 1, 1, 4 if m * n <= 8192 else 8, 3)
+            once, each = n * k * task.x_bytes, m * k * task.x_bytes + n * k // task.unit * task.planes * 4
+            stages = _stages(once, each, device.shared)
+            yield Config(m, n, max(1, k // task.unit), 1, 1, 4 if m * n <= 8192 else 8, stages)
         return
     tokens = [m for m in (1, 2, 4) if m <= power_of_two(task.M)]
     for m, n, warps in product(tokens, rows, (4, 8)):
         if task.algorithm == "codegemm":
             yield Config(m, n, min(16, longest), max(1, 4 // m), 1, warps, 1)
         elif n <= 128 // m:
-            yield Config(m, n, min(4, max(1, 8 // m), longest), warps * device.warp // 16, 1, warps, 3)
+            chunk, chunks = min(4, max(1, 8 // m), longest), warps * device.warp // 16
+            each = task.planes * chunks * n * (4 * chunk + 4)
+            yield Config(m, n, chunk, chunks, 1, warps, _stages(0, each, device.shared // 2))
+
+
+def _stages(once: int, each: int, shared: int) -> int:
+    """The most stages of a loop, 3 at most, whose buffers fit: a loop of s stages has s - 1 of `each` bytes."""
+    return next((stages for stages in (3, 2) if once + (stages - 1) * each <= shared), 1)
 
 
 def _interpreted(task: Task) -> Config:

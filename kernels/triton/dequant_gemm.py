@@ -47,8 +47,8 @@ def bcq_dequant_gemm_kernel(
             step * BLOCK_U + tl.arange(0, BLOCK_U), n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr,
             N, num_words, num_groups, GROUP_UNITS, BITS, KIND, HAS_OFFSETS,
         )  # fmt: skip
-        w = tl.reshape(w.to(x.dtype), [BLOCK_N, BLOCK_U * 32])
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        w = tl.reshape(w.to(x.dtype), [BLOCK_U * 32, BLOCK_N])
+        acc = tl.dot(x, w, acc, input_precision="ieee")
     store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N, HAS_BIAS, PARTIAL)
 
 
@@ -72,6 +72,6 @@ def codebook_dequant_gemm_kernel(
             step * BLOCK_U + tl.arange(0, BLOCK_U), n, codes_ptr, codebooks_ptr, scales_ptr,
             N, num_vectors, num_groups, GROUP_UNITS, BOOKS, ENTRIES, VEC_LEN,
         )  # fmt: skip
-        w = tl.reshape(w.to(x.dtype), [BLOCK_N, BLOCK_U * VEC_LEN])
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        w = tl.reshape(w.to(x.dtype), [BLOCK_U * VEC_LEN, BLOCK_N])
+        acc = tl.dot(x, w, acc, input_precision="ieee")
     store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N, HAS_BIAS, PARTIAL)

@@ -34,8 +34,8 @@ def bcq_dequantize_kernel(
         GROUP_UNITS, BITS, KIND, HAS_OFFSETS,
     )  # fmt: skip
     k = word[:, None] * 32 + tl.arange(0, 32)[None, :]
-    at = (n - row_begin).to(tl.int64)[:, None, None] * K + k[None, :, :]
-    mask = (n < row_end)[:, None, None] & (k < K)[None, :, :]
+    at = (n - row_begin).to(tl.int64)[None, None, :] * K + k[:, :, None]
+    mask = (n < row_end)[None, None, :] & (k < K)[:, :, None]
     tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask)
 
 
@@ -52,6 +52,6 @@ def codebook_dequantize_kernel(
         GROUP_UNITS, BOOKS, ENTRIES, VEC_LEN,
     )  # fmt: skip
     k = vector[:, None] * VEC_LEN + tl.arange(0, VEC_LEN)[None, :]
-    at = (n - row_begin).to(tl.int64)[:, None, None] * K + k[None, :, :]
-    mask = (n < row_end)[:, None, None] & (k < K)[None, :, :]
+    at = (n - row_begin).to(tl.int64)[None, None, :] * K + k[:, :, None]
+    mask = (n < row_end)[None, None, :] & (k < K)[:, :, None]
     tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask)

@@ -130,34 +130,37 @@ def bcq_tile(
     word, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, N, num_words, num_groups,
     GROUP_UNITS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """W, free or uniform, of rows n and words `[U]`, by SPEC.md and rounding by rounding: fp32 `[N, U, 32]`."""
-    group = word // GROUP_UNITS
-    row = n.to(tl.int64)[:, None]
-    live = (n < N)[:, None] & (word < num_words)[None, :]
-    scale_at = row * num_groups + group[None, :]
+    """W, free or uniform, of rows n and words `[U]`, by SPEC.md and rounding by rounding: fp32 `[U, 32, N]`.
+
+    N comes last because lanes are laid along the last dimension: a thread then decodes whole words of few rows, and
+    keeps few addresses and scales.
+    """
+    row = n.to(tl.int64)[None, :]
+    live = (n < N)[None, :] & (word < num_words)[:, None]
+    scale_at = row * num_groups + (word // GROUP_UNITS)[:, None]
     plane_words = tl.cast(N, tl.int64) * num_words
     plane_scales = tl.cast(N, tl.int64) * num_groups
     for plane in tl.static_range(BITS):
-        words = tl.load(codes_ptr + plane * plane_words + row * num_words + word[None, :], mask=live, other=0)
-        bit = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        words = tl.load(codes_ptr + plane * plane_words + row * num_words + word[:, None], mask=live, other=0)
+        bit = (words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
         if KIND == UNIFORM:
             if plane == 0:
                 zero = tl.load(zeros_ptr + scale_at, mask=live, other=0).to(tl.float32)
-                w = ((2.0**BITS - 1) / 2 - zero)[:, :, None]
+                w = ((2.0**BITS - 1) / 2 - zero)[:, None, :]
             place = 2.0 ** (BITS - 2 - plane)
             w += tl.where(bit != 0, place, -place)
         else:
             scale = tl.load(scales_ptr + plane * plane_scales + scale_at, mask=live, other=0.0)
-            scale = scale.to(tl.float32)[:, :, None]
+            scale = scale.to(tl.float32)[:, None, :]
             term = tl.where(bit != 0, scale, -scale)
             if plane == 0 and HAS_OFFSETS:
-                w = tl.load(offsets_ptr + scale_at, mask=live, other=0.0).to(tl.float32)[:, :, None] + term
+                w = tl.load(offsets_ptr + scale_at, mask=live, other=0.0).to(tl.float32)[:, None, :] + term
             elif plane == 0:
                 w = term
             else:
                 w += term
     if KIND == UNIFORM:
-        w *= tl.load(scales_ptr + scale_at, mask=live, other=0.0).to(tl.float32)[:, :, None]
+        w *= tl.load(scales_ptr + scale_at, mask=live, other=0.0).to(tl.float32)[:, None, :]
     return w
 
 
@@ -166,20 +169,20 @@ def codebook_tile(
     vector, n, codes_ptr, codebooks_ptr, scales_ptr, N, num_vectors, num_groups,
     GROUP_UNITS: tl.constexpr, BOOKS: tl.constexpr, ENTRIES: tl.constexpr, VEC_LEN: tl.constexpr,
 ):  # fmt: skip
-    """W of rows n and vectors `[U]` as SPEC.md defines it, rounding by rounding: fp32 `[N, U, VEC_LEN]`."""
-    row = n.to(tl.int64)[:, None]
-    live = (n < N)[:, None] & (vector < num_vectors)[None, :]
+    """W of rows n and vectors `[U]` as SPEC.md defines it, rounding by rounding: fp32 `[U, VEC_LEN, N]`."""
+    row = n.to(tl.int64)[None, :]
+    live = (n < N)[None, :] & (vector < num_vectors)[:, None]
     plane_codes = tl.cast(N, tl.int64) * num_vectors
     for book in tl.static_range(BOOKS):
-        codes = tl.load(codes_ptr + book * plane_codes + row * num_vectors + vector[None, :], mask=live, other=0)
-        at = (book * ENTRIES + codes.to(tl.int32))[:, :, None] * VEC_LEN + tl.arange(0, VEC_LEN)[None, None, :]
+        codes = tl.load(codes_ptr + book * plane_codes + row * num_vectors + vector[:, None], mask=live, other=0)
+        at = (book * ENTRIES + codes.to(tl.int32))[:, None, :] * VEC_LEN + tl.arange(0, VEC_LEN)[None, :, None]
         centroid = tl.load(codebooks_ptr + at).to(tl.float32)
         if book == 0:
             w = centroid
         else:
             w += centroid
-    scale = tl.load(scales_ptr + row * num_groups + (vector // GROUP_UNITS)[None, :], mask=live, other=0.0)
-    return w * scale.to(tl.float32)[:, :, None]
+    scale = tl.load(scales_ptr + row * num_groups + (vector // GROUP_UNITS)[:, None], mask=live, other=0.0)
+    return w * scale.to(tl.float32)[:, None, :]
 
 
 @triton.jit

@@ -69,8 +69,12 @@ def _config(row: Any) -> tuple[Task, Config]:
     if len(numbers) != len(Config._fields) or not all(_whole(n, 1, 2**24) for n in numbers):
         raise ValueError(f"config {str(numbers)[:80]} is none")
     task, config = Task(name, *sizes), Config(*numbers)
-    known = [one for warp in (32, 64) for one in blocks(task, Device(warp=warp))]
-    if config._replace(splits=1) not in known or (name != "biqgemm" and config.splits > MAX_PARTS):
+    known = [one._replace(num_stages=1) for warp in (32, 64) for one in blocks(task, Device(warp=warp))]
+    if (
+        config._replace(splits=1, num_stages=1) not in known
+        or not 1 <= config.num_stages <= 3
+        or (name != "biqgemm" and config.splits > MAX_PARTS)
+    ):
         raise ValueError(f"config {numbers} is no candidate for task {row['task']}")
     return task, config
 

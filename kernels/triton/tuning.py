@@ -42,7 +42,7 @@ def tasks_of(case: OpCase, tokens: Iterable[int]) -> list[Task]:
         tables = ("codegemm",)
         rest = (case.N, case.K, case.num_codebooks, case.vec_len, units, size, 2**case.codebook_bits)
     few = [Task(name, m, *rest) for m in tokens for name in tables if m <= 2 * backend.MAX_TABLE_TOKENS[name]]
-    return few + [Task("dequant_gemm", m, *rest) for m in tokens if m <= backend.MAX_FUSED_TOKENS]
+    return few + [Task("dequant_gemm", m, *rest) for m in tokens if 8 <= m <= backend.MAX_FUSED_TOKENS]
 
 
 def _runner(case: OpCase, device: torch.device) -> Callable[[Task, Config], Tensor]:

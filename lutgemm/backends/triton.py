@@ -86,7 +86,8 @@ def device_of(index: int | None) -> Device:
     if INTERPRETED or index is None:
         return Device(interpreted=INTERPRETED)
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, properties.warp_size)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Device(properties.multi_processor_count, properties.warp_size, shared)
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__, _native
-from ..backends import backends, cpu, tuned
+from ..backends import backends, cpu, tuned, tuned_gpu
 from ..testing.hardware import cpu_caches, cpu_flags, cpu_name, usable_cores
 from ..testing.targets import isa_in_use
 
@@ -85,6 +85,7 @@ def collect() -> dict[str, Any]:
             "thresholds": tuned.status(isa_in_use(), torch.get_num_threads()),
         },
         "gpus": gpus,
+        "gpu_thresholds": tuned_gpu.status() if gpus else None,
         "backends": backends(),
         "compiled": {"_C": _native.load_ops("_C"), "_C_cuda": _native.load_ops("_C_cuda"), "_host": _native.host()[1]},
         "build": _build_info(),
@@ -107,9 +108,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"threads      {cpu_found['threads']} (torch.set_num_threads)",
         f"thresholds   {cpu_found['thresholds']}",
         f"gpu          {', '.join(found['gpus']) or 'none that torch sees'}",
-        "",
-        "backends",
     ]
+    if found["gpu_thresholds"]:
+        lines.append(f"thresholds   {found['gpu_thresholds']}")
+    lines += ["", "backends"]
     for name, reason in found["backends"].items():
         detail = ""
         if name == cpu.BACKEND.name and reason is None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accuracy import ACCURACIES
+from ..accuracy import ACCURACIES, resolve_accuracy
+from ..backends import Problem
 from ..errors import ArgumentError
 from ..formats import BCQLayout, BCQWeight, CodebookLayout, CodebookWeight, QuantizedWeight
 from ..formats.bcq import ZEROS_DTYPES, pack_bits
@@ -108,6 +109,15 @@ class OpCase:
             scale_dtype=self.scale_dtype,
             zeros_dtype=self.zeros_dtype,
         )
+
+    def problem(self, device: str) -> Problem:
+        """What a backend is asked about a call of this case on a device type."""
+        shape = (self.M, self.N, self.K, self.group_size or self.K)
+        level = resolve_accuracy(self.accuracy)
+        if self.op == "bcq_linear":
+            return Problem(self.op, device, self.torch_dtype, *shape, self.bits, self.scale_kind, accuracy=level)
+        codebook = (self.num_codebooks, "", self.vec_len, self.codebook_bits)
+        return Problem(self.op, device, self.torch_dtype, *shape, *codebook, level)
 
     def weight(self, tier: str = "random") -> QuantizedWeight:
         """A weight of this layout, the same for the same case and tier."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from ..backends import cpu, registry
+from .cases import OpCase
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Target:
 
     def algorithms(self, op: str) -> tuple[str, ...]:
         return registry()[self.backend].algorithms[op]
+
+    def takes(self, case: OpCase, algorithm: str) -> bool:
+        """Whether this algorithm of the backend does not refuse the case."""
+        return registry()[self.backend].unsupported(case.problem(self.device), algorithm) is None
 
     def runs_on(self, device: str) -> bool:
         """Whether the backend takes tensors of this device type."""

@@ -41,7 +41,7 @@ def _by_groups(record: CodebookRecord) -> Tensor:
 
 
 def codegemm_codes(record: CodebookRecord) -> Layout:
-    """The codes as `codegemm` reads them, and the codebooks as fp32.
+    """The codes as `codegemm` reads them.
 
     Columns of a group, in the order slice * num_codebooks + codebook, are cut into units of 4, the last of a group
     filled up; units into tiles of 32, one unit for each lane; rows are padded to 32.
@@ -65,8 +65,7 @@ def codegemm_codes(record: CodebookRecord) -> Layout:
     else:
         codes = pad(codes, (0, 0, 0, -units % TILE_UNITS)).reshape(codes.shape[0] // 4, 4, -1, TILE_UNITS, UNIT_COLUMNS)
         codes = codes.permute(2, 0, 3, 1, 4)
-    codebooks = record.codebooks.to(torch.float32).clone(memory_format=torch.contiguous_format)
-    return codes.clone(memory_format=torch.contiguous_format), codebooks
+    return (codes.clone(memory_format=torch.contiguous_format),)
 
 
 def _as_fp16(scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,27 +81,34 @@ def _as_fp16(scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def codegemm_scales(record: CodebookRecord, exact: bool) -> Layout:
-    """scales [G, rows] and norms [num_codebooks + 1].
+    """scales [G, rows], codebooks [num_codebooks, entries, vec_len] and norms [2 * num_codebooks + 1].
 
-    norms: the largest Euclidean norm of each codebook's centroids, a little more than that to outlast rounding; then
-    the unit of the scales (`_as_fp16`), which is 1 for exact ones in fp32.
+    Exact: scales and codebooks in fp32. Else in fp16 (`_as_fp16`), the codebooks each in units of a power of two by
+    which their largest value is from 1 to 2 (2**-101 for one of zeros), with zeros up to 8 entries.
+    norms: the largest Euclidean norm of each codebook's centroids, a little more than that to outlast rounding; the
+    unit of the scales; the unit of each codebook.
     """
-    scales = record.scales.to(torch.float32)
-    unit = torch.ones((), device=scales.device)
+    scales, codebooks = record.scales.to(torch.float32), record.codebooks.to(torch.float32)
+    unit, book_units = torch.ones(1, device=scales.device), torch.ones(codebooks.shape[0], device=scales.device)
     if not exact:
         scales, unit = _as_fp16(scales, record.scales.dtype)
+        peaks = codebooks.abs().amax((1, 2))
+        exponents = torch.where(peaks > 0, torch.frexp(peaks).exponent.clamp(min=-100), -100) - 1
+        codebooks = torch.ldexp(codebooks, -exponents[:, None, None]).to(torch.float16)
+        codebooks = pad(codebooks, (0, 0, 0, max(0, 8 - codebooks.shape[1])))
+        book_units = torch.ldexp(book_units, exponents)
     scales = pad(scales.T, (0, -scales.shape[0] % CHUNK_ROWS))
     norms = record.codebooks.to(torch.float64).square().sum(2).amax(1).sqrt() * (1 + 2**-20)
-    norms = torch.cat([norms.to(torch.float32), unit.view(1)])
-    return scales.clone(memory_format=torch.contiguous_format), norms
+    norms = torch.cat([norms.to(torch.float32), unit.view(1), book_units])
+    return *(t.clone(memory_format=torch.contiguous_format) for t in (scales, codebooks)), norms
 
 
 def _codegemm(ops: Ops, x: Tensor, record: CodebookRecord, bias: Tensor | None, accuracy: int) -> Tensor:
     wide = record.codes.dtype != torch.uint8
     exact = accuracy == EXACT or wide or record.scales.dtype == torch.float32
-    codes, codebooks = kept_layout(record, "cuda codegemm codes", lambda: codegemm_codes(record))
+    (codes,) = kept_layout(record, "cuda codegemm codes", lambda: codegemm_codes(record))
     kind = "cuda codegemm fp32" if exact else "cuda codegemm fp16"
-    scales, norms = kept_layout(record, kind, lambda: codegemm_scales(record, exact))
+    scales, codebooks, norms = kept_layout(record, kind, lambda: codegemm_scales(record, exact))
     shape = (record.out_features, record.group_size)
     return ops("_codebook_codegemm_cuda")(x, codes, scales, codebooks, norms, bias, *shape, accuracy)
 
