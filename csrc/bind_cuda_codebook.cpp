@@ -45,7 +45,8 @@ Tensor codegemm_op(const Tensor& x, const Tensor& codes, const Tensor& scales, c
     check_tensor(codes, "codes", {ceil_div(units.units, 32), rows / 4, 32, 4, kUnitColumns}, ScalarType::Byte, x);
   }
   p.float_scales = scales.scalar_type() == ScalarType::Float;
-  check(p.float_scales || p.codebook_bits <= 8, "scales: codes of more than 8 bits take fp32 scales");
+  check(p.float_scales || (p.codebook_bits <= 8 && p.num_codebooks != 3),
+        "scales: codes of more than 8 bits, and 3 codebooks, take fp32 scales");
   check_tensor(scales, "scales", {units.groups, rows}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
   check_tensor(codebooks, "codebooks", {-1, -1, -1}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
   check(p.float_scales || p.codebook_bits >= 3, "codebooks: fp16 ones must have at least 8 centroids");
@@ -107,14 +108,15 @@ Tensor numbers(std::initializer_list<int64_t> values) {
 
 // [word, tokens of a pass, tiles, row_blocks, shared bytes, workspace bytes]
 Tensor codegemm_plan_op(const Tensor& x, int64_t N, int64_t group_size, int64_t num_codebooks, int64_t vec_len,
-                        int64_t codebook_bits, int64_t accuracy, bool float_scales, int64_t sm_count) {
+                        int64_t codebook_bits, int64_t accuracy, bool float_scales, int64_t sm_count,
+                        int64_t shared_limit) {
   CodegemmProblem p{};
   p.io.M = x.size(0), p.io.N = N, p.io.K = x.size(1);
   p.group_size = group_size, p.num_codebooks = int(num_codebooks), p.vec_len = int(vec_len);
   p.codebook_bits = int(codebook_bits), p.accuracy = requested_accuracy(accuracy), p.float_scales = float_scales;
   Gpu gpu{};
-  gpu.sm_count = int(sm_count);
-  const CodegemmPlan plan = plan_codegemm(p, gpu.sm_count);
+  gpu.sm_count = int(sm_count), gpu.shared_bytes = int(shared_limit);
+  const CodegemmPlan plan = plan_codegemm(p, gpu);
   return numbers(
       {int64_t(plan.word), plan.tokens, plan.tiles, plan.row_blocks, plan.shared_bytes, codegemm_workspace(p, gpu)});
 }
@@ -144,7 +146,7 @@ LUTGEMM_GPU_OPS(m) {
 #ifdef LUTGEMM_EMULATED
   m.def(
       "_codegemm_plan(Tensor x, int N, int group_size, int num_codebooks, int vec_len, int codebook_bits, "
-      "int accuracy, bool float_scales, int sm_count) -> Tensor");
+      "int accuracy, bool float_scales, int sm_count, int shared_limit) -> Tensor");
   m.def(
       "_codebook_mma_plan(Tensor x, int N, int group_size, int planes, int vec_len, int codebook_bits, int sm_count, "
       "int shared_limit) -> Tensor");

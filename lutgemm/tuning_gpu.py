@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +38,7 @@ SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336))
 All are measured for what calls ask for by default, in fp16; the first alone for the rest."""
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 SECONDS = 100.0
-"""About how long all replays of graphs take; making weights and graphs comes on top."""
+"""About how long all replays of graphs take; making weights, layouts and graphs comes on top, and may take longer."""
 QUICK_SHAPES = SHAPES[:1]
 QUICK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_SECONDS = 15.0
@@ -50,7 +49,7 @@ CODEBOOKS = ((1, 8), (1, 4), (2, 8), (2, 4), (4, 4))
 """num_codebooks and vec_len, 8 bits each: costs of 1, 2, 2, 4 and 8."""
 
 DTYPES = ("float16", "float32")
-"""bf16 goes by fp16: the same bytes and the same rate of tensor cores."""
+"""bf16 goes by fp16: the same bytes, the same rate of tensor cores and, at the default accuracy, the same work."""
 LEVELS = (DEFAULT, *ACCURACIES[ACCURACIES.index(DEFAULT) + 1 :])
 """The accuracies that are measured; "fast" is no faster here than the default."""
 ONE_WAY = ("bit_planes", "dequant_gemm", "dequantize")
@@ -152,10 +151,8 @@ def thresholds(studies: Iterable[Study], device: str, date: str) -> tuple[GpuThr
         if after is not None and after[:-1] == kind[:-1] and plans[after] == plans[kind]:
             continue
         for algorithm, tokens in plans[kind]:
-            limits = {"max_cost": kind.cost, "max_x_bytes": kind.x_bytes, "max_accuracy": kind.accuracy}
-            rows.append(
-                GpuThreshold(kind.op, algorithm, tokens, device, date, scale_kind=kind.scale_kind, **limits)  # type: ignore[arg-type]
-            )
+            limits = (kind.scale_kind, kind.cost, kind.x_bytes, kind.accuracy)
+            rows.append(GpuThreshold(kind.op, algorithm, tokens, device, date, *limits))
     return tuple(rows)
 
 
@@ -289,14 +286,12 @@ def study(
 ) -> list[Study]:
     """The times of all weights. Those of the first's shape are measured in all classes, others in the default one."""
     studies: list[Study] = []
-    end = time.perf_counter() + seconds
     full: dict[str, Sequence[str]] = dict.fromkeys(DTYPES, LEVELS)
     first = (weights[0].N, weights[0].K)
-    for number, case in enumerate(progress(weights)):
+    for case in progress(weights):
         levels = full if first == (case.N, case.K) else {DTYPES[0]: LEVELS[:1]}
-        left = max(0.0, (end - time.perf_counter()) / (len(weights) - number))
         try:
-            studies += measure_weight(case, backend, device, tokens, levels, left, clock)
+            studies += measure_weight(case, backend, device, tokens, levels, seconds / len(weights), clock)
         except torch.OutOfMemoryError as error:
             raise BackendError(
                 f"the GPU's memory does not hold copies of a weight of {case.N} x {case.K}, {case.name}; "

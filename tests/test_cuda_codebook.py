@@ -169,10 +169,20 @@ KINDS = ((1, 4), (2, 8), (1, 8))
 
 
 def codegemm_plan(
-    m: int, n: int, k: int, group: int, kind: tuple[int, int], bits: int, accuracy: int, floats: bool, sms: int
+    m: int,
+    n: int,
+    k: int,
+    kind: tuple[int, int],
+    bits: int,
+    accuracy: int,
+    floats: bool,
+    sms: int,
+    shared: int = 227 << 10,
+    group: int = 128,
 ) -> list[int]:
     x = torch.empty(1, 1).expand(m, k)
-    return torch.ops.lutgemm_emulated._codegemm_plan(x, n, group, *kind, bits, accuracy, floats, sms).tolist()
+    op = torch.ops.lutgemm_emulated._codegemm_plan
+    return op(x, n, group, *kind, bits, accuracy, floats, sms, shared).tolist()
 
 
 def mma_plan(
@@ -183,12 +193,13 @@ def mma_plan(
 
 
 def test_words_of_codegemm_follow_accuracy_and_tokens(emulated: Emulated) -> None:
-    def word(m: int, accuracy: int, floats: bool = False, bits: int = 8) -> tuple[int, int]:
-        found = codegemm_plan(m, 64, 256, 64, (1, 4), bits, accuracy, floats, 4)
+    def word(m: int, accuracy: int, floats: bool = False, bits: int = 8, shared: int = 163 << 10) -> tuple[int, int]:
+        found = codegemm_plan(m, 64, 256, (1, 4), bits, accuracy, floats, 4, shared)
         return found[0], found[1]
 
     assert word(1, ACCURATE) == (INT16, 1)
     assert word(2, ACCURATE) == (PAIR14, 2)
+    assert word(2, ACCURATE, shared=99 << 10) == (INT16, 1)
     assert word(2, NEAR_EXACT) == (INT16, 1)
     assert word(2, EXACT, True) == (FLOAT, 1)
     assert word(2, ACCURATE, True, 12) == (FLOAT, 1)
@@ -197,7 +208,7 @@ def test_words_of_codegemm_follow_accuracy_and_tokens(emulated: Emulated) -> Non
 def test_codegemm_cuts_cover_the_problem(emulated: Emulated) -> None:
     for m, n, k, bits, sms in product((1, 2, 7, 40), (1, 33, 4096), (1, 300, 14336), (8, 9, 12), (1, 132)):
         floats = bits > 8
-        _, _, tiles, row_blocks, shared, workspace = codegemm_plan(m, n, k, 128, (1, 4), bits, ACCURATE, floats, sms)
+        _, _, tiles, row_blocks, shared, workspace = codegemm_plan(m, n, k, (1, 4), bits, ACCURATE, floats, sms)
         units = -(-k // 128) * 8 if k > 128 else -(-k // 16)
         per_tile = 32 if bits <= 8 else 4096 >> bits
         assert tiles * per_tile >= units - 7
@@ -209,7 +220,7 @@ def test_codegemm_cuts_cover_the_problem(emulated: Emulated) -> None:
 def test_layers_of_models_fill_a_gpu(emulated: Emulated) -> None:
     """Nearly as many blocks as multiprocessors in each round, and rows enough to be worth a table."""
     for (n, k), kind in product(LAYERS, KINDS):
-        _, _, tiles, row_blocks, _, _ = codegemm_plan(1, n, k, 128, kind, 8, ACCURATE, False, 132)
+        _, _, tiles, row_blocks, _, _ = codegemm_plan(1, n, k, kind, 8, ACCURATE, False, 132)
         blocks = tiles * row_blocks
         assert blocks / (-(-blocks // 132) * 132) >= 0.8, (n, k, kind, blocks)
         assert n / row_blocks >= 120, (n, k, kind)
@@ -239,7 +250,8 @@ def test_codebook_mma_fits_in_shared_memory_or_says_that_it_does_not(shared: int
     [
         ("codegemm", 1, "accurate", 1, 4, 1),
         ("codegemm", 1, "exact", 2, 8, 1),
-        ("codegemm", 2, "accurate", 3, 2, 1),
+        ("codegemm", 2, "accurate", 4, 2, 1),
+        ("codegemm", 1, "accurate", 3, 2, 1),
         ("codebook_mma", 1, "accurate", 1, 2, 1),
         ("codebook_mma", 8, "accurate", 1, 4, 2),
         ("codebook_mma", 16, "accurate", 2, 8, 4),

@@ -16,8 +16,10 @@
 //           takes tile after tile, for one filling of the table and one staging of x
 //
 // Counts for 32 rows and 16 inputs of one codebook of v = 4 (1024 bits of codes): 4 look-ups of 2 wavefronts, and 1 or
-// 2 of x for up to 8 tokens (4 for 16): 9, 10 (12), so an SM takes 114, 102 (85) bits a clock; 2 codebooks of v =
-// 8: 60.
+// 2 of x for up to 8 tokens (4 for 16): 9, 10 (12), so shared memory takes 114, 102 (85) bits a clock; 2 codebooks of v
+// = 8:
+// 60. Instructions: 25 (200 for a chunk of 8 such steps), and 130 a chunk for loads and the end of a group: 100 bits a
+// clock. Derived, not measured.
 #include <algorithm>
 #include <stdexcept>
 #include <string>

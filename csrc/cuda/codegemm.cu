@@ -3,14 +3,17 @@
 //
 // A block makes the table of one tile (32 units, K * num_codebooks / vec_len = 128 columns) and streams its rows past:
 //
-//   codes   [tile][rows / 4][32 lanes][4 rows][4 columns]   a lane's 16 bytes are its unit of 4 rows, a warp's 512
-//   adjacent warp    takes a chunk of 32 rows: 8 loads, 128 look-ups a lane, and so 32 partial sums a lane, one a row
+//   codes   [tile][rows / 4][32 lanes][4 rows][4 columns]   16 bytes a lane: its unit of 4 rows; a warp's 512 adjacent
+//   warp    a chunk of 32 rows: 8 loads, 128 look-ups a lane, and so 32 partial sums a lane, one for each row
 //   sum     over lanes by a transposing butterfly: 31 shuffles turn 32 rows x 32 lanes into one row a lane
 //   partial fp32 [tile][M][N], added up in order, with the bias, by reduce_splits
 //
-// Counts of a row and tile, warp instructions for 1024 bits of codes: 4 PRMT, 4 LDS (1 wavefront each), 2 IADD3, 1 I2F,
-// 2 FMUL, 4 of the butterfly (1 SHFL), 1 for scales and loads: 18, and 5 shared-memory wavefronts. So an SM can take
-// 205 bits a clock, twice what the memory of an H100 brings. Making a table takes as long as gathering 250 to 350 rows.
+// Counts for a row of a tile, 1024 bits of codes: 4 PRMT, 4 LDS, 2 IADD3, 1 I2F, 2 FMUL, 1 HADD2 for the scale, 4 of
+// the butterfly (1 SHFL), 1 of loads and addresses: 19.4 warp instructions in the SASS of sm_90 (kFloat 17.5,
+// kPair14 29.6 for two tokens), and 5 wavefronts of shared memory. So a multiprocessor can take 205 bits a clock
+// (kPair14 138), twice what the memory of an H100 brings, derived and not measured. Making a table of integers takes
+// some 590 instructions a warp, 2300 clocks, as long as gathering 460 rows; in that time codes come to registers (64 KB
+// a block) and to L2.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -22,8 +25,7 @@
 namespace lutgemm::cuda {
 namespace {
 
-// 16 warps: all that registers for 32 rows of codes and 16 of scales each allow, and they keep 64 KB of loads in
-// flight.
+// All that registers for 32 rows of codes and scales allow.
 constexpr int kWarps = kPsumWarps;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kChunkLoads = kChunkRows / 4;
@@ -299,14 +301,16 @@ void launch_tiles(const PsumShape& s, const Gather& gather, const CodegemmPlan& 
 
 }  // namespace
 
-CodegemmPlan plan_codegemm(const CodegemmProblem& p, int sm_count) {
+CodegemmPlan plan_codegemm(const CodegemmProblem& p, const Gpu& gpu) {
+  const int sm_count = gpu.sm_count;
   const CodegemmUnits units = codegemm_units(p.io.K, p.group_size, p.num_codebooks, p.vec_len);
   const bool wide = p.codebook_bits > 8;
   CodegemmPlan plan{};
   plan.word = PsumWord::kInt16;
   if (p.float_scales) {
     plan.word = PsumWord::kFloat;
-  } else if (p.io.M > 1 && p.accuracy <= Accuracy::kAccurate) {
+  } else if (p.io.M > 1 && p.accuracy <= Accuracy::kAccurate &&
+             psumbook_bytes(PsumWord::kPair14, p.vec_len) <= gpu.shared_bytes) {
     plan.word = PsumWord::kPair14;
   }
   plan.tokens = word_tokens(plan.word);
@@ -333,12 +337,12 @@ CodegemmPlan plan_codegemm(const CodegemmProblem& p, int sm_count) {
 }
 
 int64_t codegemm_workspace(const CodegemmProblem& p, const Gpu& gpu) {
-  const CodegemmPlan plan = plan_codegemm(p, gpu.sm_count);
+  const CodegemmPlan plan = plan_codegemm(p, gpu);
   return int64_t(plan.tiles) * plan.slab_tokens * p.io.N * 4;
 }
 
 void codegemm(const CodegemmProblem& p, const Gpu& gpu) {
-  const CodegemmPlan plan = plan_codegemm(p, gpu.sm_count);
+  const CodegemmPlan plan = plan_codegemm(p, gpu);
   if (plan.shared_bytes > gpu.shared_bytes) {
     throw std::runtime_error("codegemm needs " + std::to_string(plan.shared_bytes) +
                              " bytes of shared memory, and a block of this GPU gets " +

@@ -40,7 +40,7 @@ struct CodegemmProblem {
   Accuracy accuracy;
   const void* codes;
   const void* scales;     // [G][padded rows]: fp32 as stored, or fp16 to be multiplied by scale_unit
-  bool float_scales;      // fp32: what is to be exact, fp32 weights, and codegemm_wide
+  bool float_scales;      // fp32: what is to be exact, fp32 weights, 3 codebooks, codegemm_wide
   const void* codebooks;  // [num_codebooks][1 << codebook_bits][vec_len]: fp32, or beside fp16 scales fp16 in units of
                           // book_unit, at least 8 entries, the largest value of each codebook from 1 to 2
   const float* norms;     // [num_codebooks]: the largest Euclidean norm of a centroid of each; then scale_unit, and
@@ -62,7 +62,7 @@ struct CodegemmPlan {
   int64_t shared_bytes;
 };
 
-CodegemmPlan plan_codegemm(const CodegemmProblem& p, int sm_count);
+CodegemmPlan plan_codegemm(const CodegemmProblem& p, const Gpu& gpu);
 int64_t codegemm_workspace(const CodegemmProblem& p, const Gpu& gpu);
 void codegemm(const CodegemmProblem& p, const Gpu& gpu);
 

@@ -1,7 +1,7 @@
 // The kernel behind LUT-GEMM and BiQGEMM: signed sums of 8 activations, looked up by bytes of code.
 //
-//   y[m, n] = sum over planes b and slices j of scale[b, n, g] * sign * T[j, m][entry] + sum over g of offset[n, g] *
-//   X[g, m]
+//   y[m, n] = sum over planes b and slices j of scale[b, n, g] * sign * T[j, m][entry]
+//           + sum over groups g of offset[n, g] * X[g, m]
 //
 // with T as in lut_tables.cuh, X[g, m] the sum of x over the group. A block builds tables of some inputs and tokens
 // once and streams its rows through them; then come its next inputs:
@@ -41,8 +41,8 @@ struct LutArguments {
 
 constexpr int kUnitWords = kUnitInputs / kWordInputs;
 
-// word / (words of a group) as a multiplication; exact for words and divisors up to 2^19, all that kMaxFeatures allows:
-// the inverse is too large by at most divisor / 2^40, so that the quotient is by less than 2^38 / 2^40 of 1.
+// word / (words of a group) by a multiplication with inverse = 2^40 / divisor + 1. Exact for words and divisors up to
+// 2^19, all that kMaxFeatures allows: inverse * divisor exceeds 2^40 by at most the divisor, and word * divisor < 2^40.
 constexpr int kInverseBits = 40;
 __device__ __forceinline__ int group_of_word(int word, uint64_t inverse) {
   return static_cast<int>(static_cast<unsigned>(word) * inverse >> kInverseBits);

@@ -9,8 +9,7 @@
 //
 //   lane = row lane * kWords + word          kEntryBytes 4: 32 words x 1 row      8: 16 words x 2 rows      16: 8 x 4
 //
-//   byte address = entry * 256 + word * kEntryBytes + (slice % 2) * 128 + (slice / 2) * 32768         slice 0..3 of a
-//   word
+//   byte address = entry * 256 + word * kEntryBytes + (slice % 2) * 128 + (slice / 2) * 32768   slice 0..3 of a word
 //
 // All tables take 64 KiB, whatever kEntryBytes, and 512 wavefronts to write: as many as look up 128 rows and planes.
 //
@@ -25,16 +24,16 @@
 // by that count (128 issue lanes), by integer operations (64 lanes), by shared memory (128 bytes). Counted, not timed:
 //
 //            rotate address load sign add to fp32 scale  total  loop    code bits a clock: issue, integers, memory
-//   Short         -       4    4    -   2       1     1     12  16.3    251  341  256
-//   Float T=1     3       4    4    4   4       -     -     19  23.3    176  186  256
-//   Float T=2     3       4    4    4   8       -     -     23  27.6    148  186  128
-//   Float T=4     3       4    4    4  16       -     -     31  38      108  186   64
-//   Half  T=2     3       4    4    4   4       2     2     23  27      152  186  256
-//   Half  T=4     3       4    4    4   8       4     4     31  36      114  186  128
-//   Half  T=8     3       4    4    4  16       8     8     47  57.8     71  186   64
+//   Short         -       4    4    -   2       1     1     12  15.5    264  341  256
+//   Float T=1     3       4    4    4   4       -     -     19  22.4    183  186  256
+//   Float T=2     3       4    4    4   8       -     -     23  27.5    149  186  128
+//   Float T=4     3       4    4    4  16       -     -     31  37.8    108  186   64
+//   Half  T=2     3       4    4    4   4       2     2     23  26.9    152  186  256
+//   Half  T=4     3       4    4    4   8       4     4     31  36.1    113  186  128
+//   Half  T=8     3       4    4    4  16       8     8     47  53.8     76  186   64
 //
 // To keep up with memory an H100 has to do about 100 a clock, an H200 about 144. Sums over lanes, offsets and results
-// add some 200 instructions to a tile of 16 rows, a build some 400 to each warp: they are why rows are streamed in
+// add some 250 instructions to a tile of 16 rows, a build some 400 to each warp: they are why rows are streamed in
 // numbers.
 #pragma once
 

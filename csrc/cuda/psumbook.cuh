@@ -174,7 +174,7 @@ struct LaneUnit {
 
 // A bound that is NaN or Inf makes every result of the lane NaN; one that no fp32 reciprocal serves counts as zero.
 template <int kVec>
-__device__ __forceinline__ LaneUnit lane_unit(const PsumShape& s, const float* staged, int first_unit, float largest) {
+__device__ __forceinline__ LaneUnit lane_unit(const PsumShape& s, const float* staged, float largest) {
   constexpr float kLeastBound = 1e-30f;
   const int lane = threadIdx.x % kWarpSize;
   float bound = 0.f;
@@ -183,7 +183,7 @@ __device__ __forceinline__ LaneUnit lane_unit(const PsumShape& s, const float* s
   for (int column = 0; column < kUnitColumns; ++column) {
     float x[kVec];
     load_slice<kVec>(staged, column, lane, x);
-    const float norm = sqrtf(dot<kVec>(x, x)) * s.norms[column_codebook(s, first_unit + lane, column)];
+    const float norm = sqrtf(dot<kVec>(x, x)) * s.norms[column & (s.num_codebooks - 1)];
     finite = finite && norm <= 3e38f;
     bound = fmaxf(bound, norm);
   }
@@ -207,7 +207,7 @@ __device__ __forceinline__ float half_error(float x) { return x - __half2float(_
 // so that all but v = 2 multiply centroid pair t % (v / 2) (and 4 + t). Words are in the order of the registers of mma.
 template <PsumWord kWord, int kVec>
 __device__ __forceinline__ void make_fragments(const PsumShape& s, const float* staged, const LaneUnit* units,
-                                               int first_unit, uint32_t* fragments) {
+                                               uint32_t* fragments) {
   constexpr int kWords = fragment_words(kVec);
   for (int i = threadIdx.x; i < word_tokens(kWord) * kUnitColumns * 2 * kWarpSize; i += blockDim.x) {
     const int group = i / 4 % 8, t = i % 4, half = i / kWarpSize % 2, column = i / (2 * kWarpSize) % kUnitColumns;
@@ -216,7 +216,7 @@ __device__ __forceinline__ void make_fragments(const PsumShape& s, const float* 
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int lane = half * 16 + row * 8 + group;
-      const int codebook = column_codebook(s, first_unit + lane, column);
+      const int codebook = column & (s.num_codebooks - 1);  // a unit starts with codebook 0
       const float inverse = units[token * kTileUnits + lane].inverse;
       const float factor = inverse * s.norms[s.num_codebooks + 1 + codebook];
       const auto element =
@@ -241,7 +241,7 @@ __device__ __forceinline__ void make_fragments(const PsumShape& s, const float* 
       store8(fragments + i * 2, make_uint2(words[0], words[1]));
     } else {
 #pragma unroll
-      for (int w = 0; w < kWords; w += 4) {  // [mma][thread][4 words] would serve no other purpose
+      for (int w = 0; w < kWords; w += 4) {
         store16(fragments + i * kWords + w, make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]));
       }
     }
@@ -253,11 +253,9 @@ constexpr float kRoundToInteger = 12582912.f;  // 1.5 * 2**23: the sum's lower b
 __device__ __forceinline__ uint32_t rounded_bits(float value) { return __float_as_uint(value + kRoundToInteger); }
 
 // The table of integers, 16 entries to a warp. A step is the two columns of a kInt16 word, or the two tokens of one
-// column. kThree: 3 codebooks, of which neighbouring lanes have different ones in a column; each takes a pass over its
-// lanes.
-template <PsumWord kWord, int kVec, bool kThree>
-__device__ __forceinline__ void build_integers(const PsumShape& s, const uint32_t* fragments, int first_unit,
-                                               unsigned char* table) {
+// column. One mma has one codebook for 16 lanes, so 3 codebooks, which lanes have in different columns, take kFloat.
+template <PsumWord kWord, int kVec>
+__device__ __forceinline__ void build_integers(const PsumShape& s, const uint32_t* fragments, unsigned char* table) {
   constexpr bool kPair = kWord == PsumWord::kPair14;
   constexpr int kSteps = kPair ? kUnitColumns : kUnitColumns / 2;
   constexpr int kWords = fragment_words(kVec), kMmas = kVec == 16 ? 2 : 1;
@@ -266,75 +264,55 @@ __device__ __forceinline__ void build_integers(const PsumShape& s, const uint32_
   const int entries = max(s.entries, 8), book_words = entries * (kVec / 2);
   const uint32_t* books = static_cast<const uint32_t*>(s.codebooks) + group * (kVec / 2) + t % (kVec / 2);
   fragments += lane * kWords;
-  [[maybe_unused]] int first_book[4] = {};  // that of column 0 of each of the lanes that this thread multiplies
-  if constexpr (kThree) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) first_book[r] = column_codebook(s, first_unit + r * 8 + group, 0);
-  }
   // Threads of one group have entries in the same banks, so each starts with other lanes.
   int to[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) to[r] = 2 * t * kEntryBytes + ((r + t) % 4 * 8 + group) * 4;
 
-#pragma unroll
-  for (int tile = 0; tile < kTableEntries / 8 / kPsumWarps; ++tile) {
-    const int first = (warp + tile * kPsumWarps) * 8;
+#pragma unroll 1
+  for (int i = 0; i < kTableEntries / 8 / kPsumWarps * kSteps; ++i) {
+    const int step = i % kSteps, first = (warp + i / kSteps * kPsumWarps) * 8;
     if (first >= entries) break;
-#pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      float d[2][2][4] = {};  // [column or token][half of the lanes]
-#pragma unroll 1
-      for (int pass = 0; pass < (kThree ? 3 : 1); ++pass) {
+    float d[2][2][4] = {};  // [column or token][half of the lanes]
 #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          const int column = kPair ? step : 2 * step + side, token = kPair ? side : 0;
-          const int book = kThree ? pass : column & (s.num_codebooks - 1);
-          const uint32_t* entry = books + book * book_words + first * (kVec / 2);
-          uint32_t b[2];
-          b[0] = entry[0];
-          b[1] = kVec == 16 ? entry[4] : b[0];
+    for (int side = 0; side < 2; ++side) {
+      const int column = kPair ? step : 2 * step + side, token = kPair ? side : 0;
+      const uint32_t* entry = books + (column & (s.num_codebooks - 1)) * book_words + first * (kVec / 2);
+      uint32_t b[2];
+      b[0] = entry[0];
+      b[1] = kVec == 16 ? entry[4] : b[0];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t* from =
-                fragments + (token * kUnitColumns + column) * kColumnWords + half * kWarpSize * kWords;
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t* from = fragments + (token * kUnitColumns + column) * kColumnWords + half * kWarpSize * kWords;
 #pragma unroll
-            for (int m = 0; m < kMmas; ++m) {
-              uint32_t a[4] = {};
-              if constexpr (kWords == 2) {
-                const uint2 v = load8(from);
-                a[0] = v.x, a[1] = v.y;
-              } else {
-                const uint4 v = load16(from + 4 * m);
-                a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
-              }
-              if constexpr (kThree) {
-#pragma unroll
-                for (int w = 0; w < 4; ++w) {
-                  if ((first_book[2 * half + w % 2] + column) % 3 != pass) a[w] = 0;
-                }
-              }
-              mma_f16(d[side][half], a, b);
-            }
+        for (int m = 0; m < kMmas; ++m) {
+          uint32_t a[4] = {};
+          if constexpr (kWords == 2) {
+            const uint2 v = load8(from);
+            a[0] = v.x, a[1] = v.y;
+          } else {
+            const uint4 v = load16(from + 4 * m);
+            a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
           }
+          mma_f16(d[side][half], a, b);
         }
       }
-      unsigned char* words =
-          table + first * kEntryBytes + (kPair ? step / 2 * kHalfTable + step % 2 * 128 : step * 128);
+    }
+    unsigned char* words = table + first * kEntryBytes + (kPair ? step / 2 * kHalfTable + step % 2 * 128 : step * 128);
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {  // entry first + 2t + k, of lanes group, 8 + group, ..
-        uint32_t word[4], turned[4];
+    for (int k = 0; k < 2; ++k) {  // entry first + 2t + k, of lanes group, 8 + group, ..
+      uint32_t word[4], turned[4];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const uint32_t low = rounded_bits(d[0][r / 2][r % 2 * 2 + k]);
-          const uint32_t high = rounded_bits(d[1][r / 2][r % 2 * 2 + k]);
-          word[r] = kPair ? (high << 16) + (low - __float_as_uint(kRoundToInteger)) : prmt(low, high, 0x5410);
-        }
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t low = rounded_bits(d[0][r / 2][r % 2 * 2 + k]);
+        const uint32_t high = rounded_bits(d[1][r / 2][r % 2 * 2 + k]);
+        word[r] = kPair ? (high << 16) + (low - __float_as_uint(kRoundToInteger)) : prmt(low, high, 0x5410);
+      }
 #pragma unroll
-        for (int r = 0; r < 4; ++r) turned[r] = t % 2 ? word[(r + 1) % 4] : word[r];
+      for (int r = 0; r < 4; ++r) turned[r] = t % 2 ? word[(r + 1) % 4] : word[r];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          *reinterpret_cast<uint32_t*>(words + k * kEntryBytes + to[r]) = t / 2 ? turned[(r + 2) % 4] : turned[r];
-        }
+      for (int r = 0; r < 4; ++r) {
+        *reinterpret_cast<uint32_t*>(words + k * kEntryBytes + to[r]) = t / 2 ? turned[(r + 2) % 4] : turned[r];
       }
     }
   }
@@ -388,18 +366,14 @@ __device__ __forceinline__ void make_psumbook(const PsumShape& s, int first_unit
     if (threadIdx.x < kTokens * kWarpSize) {
       constexpr float kLargest = kWord == PsumWord::kInt16 ? 32767.f : 8191.f;
       const int token = threadIdx.x / kWarpSize;
-      units[threadIdx.x] = lane_unit<kVec>(s, staged + token * kTileColumns * kVec, first_unit, kLargest);
+      units[threadIdx.x] = lane_unit<kVec>(s, staged + token * kTileColumns * kVec, kLargest);
     }
     __syncthreads();
-    make_fragments<kWord, kVec>(s, staged, units, first_unit, fragments);
+    make_fragments<kWord, kVec>(s, staged, units, fragments);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) unit[t] = units[t * kTileUnits + threadIdx.x % kWarpSize].unit;
     __syncthreads();
-    if (s.num_codebooks == 3) {
-      build_integers<kWord, kVec, true>(s, fragments, first_unit, table);
-    } else {
-      build_integers<kWord, kVec, false>(s, fragments, first_unit, table);
-    }
+    build_integers<kWord, kVec>(s, fragments, table);
   }
   __syncthreads();
 }

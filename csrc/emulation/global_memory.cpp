@@ -138,6 +138,7 @@ void global_access(const Access& access) {
     }
     last_used = found;
   }
+  if (options().counts && !access.prefetch) count_access(access, false);
   if (block.dependent && !last_used->constant && !current_thread().waited_for_launch) {
     fail_access("too early", access,
                 last_used->name + " may be in use by the launch before this one: grid_dependency_wait() comes first");

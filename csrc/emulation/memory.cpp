@@ -27,7 +27,7 @@ inline __attribute__((always_inline)) void access_memory(uintptr_t address, size
   if (bytes <= 16 && !(bytes & (bytes - 1)) && address & (bytes - 1)) {
     fail_access("misaligned", access, "the address is no multiple of the size");
   }
-  if (options().counts) count_access(access, shared);
+  if (shared && options().counts) count_access(access, true);
   shared ? shared_access(access) : global_access(access);
 }
 
@@ -69,7 +69,7 @@ void write_bytes(void* to, const void* from, size_t bytes) {
 }
 
 void prefetch(const void* from) {
-  const Access access{reinterpret_cast<uintptr_t>(from), 1, false, false, __builtin_return_address(0)};
+  const Access access{reinterpret_cast<uintptr_t>(from), 1, false, false, __builtin_return_address(0), true};
   if (checking) global_access(access);
 }
 

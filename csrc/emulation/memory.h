@@ -13,7 +13,8 @@ struct Access {
   size_t bytes;
   bool write;
   bool atomic;
-  const void* where;  // the code address that it returns to
+  const void* where;      // the code address that it returns to
+  bool prefetch = false;  // moves a whole line: only its address is checked
 };
 
 // memory.cpp

@@ -47,7 +47,7 @@ void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, Site 
 // Accesses that the instrumentation of the compiler would not see, or see in pieces.
 void read_bytes(void* to, const void* from, size_t bytes);
 void write_bytes(void* to, const void* from, size_t bytes);
-void prefetch(const void* from);  // within bounds, and not counted: it moves whole lines
+void prefetch(const void* from);  // checks the address
 uint64_t atomic_read(const void* address, size_t bytes);
 void atomic_write(void* address, size_t bytes, uint64_t value);
 

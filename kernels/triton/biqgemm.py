@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import bcq_sums, signed_sums, store_tile, words_of_step
+from .tiles import bcq_sums, rows_of_block, signed_sums, store_tile, words_of_step
 
 
 @triton.jit
@@ -40,9 +40,10 @@ def biqgemm_kernel(
     group, word, exists = words_of_step(step, num_words, GROUP_UNITS, CHUNK, CHUNKS)
     table, x_sum = signed_sums(x_ptr, m, word, exists, M, K)
     for block in tl.range(begin, tl.minimum(begin + row_blocks_per_program, row_blocks), num_stages=STAGES):
-        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = rows_of_block(block, BLOCK_N)
         sums = bcq_sums(
             table, x_sum, group, word, exists, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr,
             N, num_words, num_groups, BITS, KIND, HAS_OFFSETS,
         )  # fmt: skip
-        store_tile(tl.sum(sums, 1), out_ptr, bias_ptr, step, m, n, M, N, HAS_BIAS, PARTIAL)
+        y = tl.sum(sums, 2)
+        store_tile(y, out_ptr, bias_ptr, step, m[None, :, None], n[:, None, :], M, N, HAS_BIAS, PARTIAL)

@@ -126,9 +126,10 @@ def blocks(task: Task, device: Device) -> Iterator[Config]:
         if task.algorithm == "codegemm":
             yield Config(m, n, min(16, longest), max(1, 4 // m), 1, warps, 1)
         elif n <= 128 // m:
-            chunk, chunks = min(4, max(1, 8 // m), longest), warps * device.warp // 16
-            each = task.planes * chunks * n * (4 * chunk + 4)
-            yield Config(m, n, chunk, chunks, 1, warps, _stages(0, each, device.shared // 2))
+            chunks = warps * device.warp // 16
+            for chunk in sorted({min(4, longest, max(1, words // m)) for words in (4, 8)}):
+                each = task.planes * chunks * n * (4 * chunk + 4)
+                yield Config(m, n, chunk, chunks, 1, warps, _stages(0, each, device.shared // 2))
 
 
 def _stages(once: int, each: int, shared: int) -> int:

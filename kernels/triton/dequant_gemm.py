@@ -49,7 +49,7 @@ def bcq_dequant_gemm_kernel(
         )  # fmt: skip
         w = tl.reshape(w.to(x.dtype), [BLOCK_U * 32, BLOCK_N])
         acc = tl.dot(x, w, acc, input_precision="ieee")
-    store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N, HAS_BIAS, PARTIAL)
+    store_tile(acc, out_ptr, bias_ptr, split, m[:, None], n[None, :], M, N, HAS_BIAS, PARTIAL)
 
 
 @triton.jit
@@ -74,4 +74,4 @@ def codebook_dequant_gemm_kernel(
         )  # fmt: skip
         w = tl.reshape(w.to(x.dtype), [BLOCK_U * VEC_LEN, BLOCK_N])
         acc = tl.dot(x, w, acc, input_precision="ieee")
-    store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N, HAS_BIAS, PARTIAL)
+    store_tile(acc, out_ptr, bias_ptr, split, m[:, None], n[None, :], M, N, HAS_BIAS, PARTIAL)

@@ -1,94 +1,36 @@
-"""The operators that start the kernels: grids, workspaces, arguments. torch.compile sees through them (`triton_op`).
+"""The operators that start the kernels. torch.compile sees through them (`triton_op`).
 
 Arguments are those of `torch.ops.lutgemm.bcq_linear` and `codebook_linear`, contiguous and checked by the caller;
-config is a `Config`. x is `[M, K]` with M >= 1; results are of x's dtype. Nothing is written that is not returned, no
-kernel uses atomics. Multiplications and additions may be fused (Triton's default, `enable_fp_fusion=True`), which only
-takes roundings away from sums; in the decoding of W no product is added to anything, so its bits are those of SPEC.md.
+config is a `Config`. x is `[M, K]` with M >= 1; results are of x's dtype. Nothing is written that is not returned, and
+no kernel uses atomics.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
-
-from triton import JITFunction
 
 from .biqgemm import biqgemm_kernel
 from .codegemm import codegemm_kernel, psumbook_kernel
 from .config import Config, Task, num_steps, power_of_two, split_evenly
 from .dequant_gemm import bcq_dequant_gemm_kernel, codebook_dequant_gemm_kernel
 from .dequantize import bcq_dequantize_kernel, codebook_dequantize_kernel
-from .interpreted import mend
 from .lut_gemm import lut_gemm_kernel
-from .reduce import reduce_kernel
+from .start import (
+    LANES_ALONG_FIRST,
+    PSUMBOOK_TILE,
+    WORD,
+    dequantize_tile,
+    group_units,
+    new_out,
+    num_groups,
+    sum_parts,
+    without_ratios,
+    wrap_triton,
+)
 
 SCALE_KINDS = ("free", "uniform", "ratio")
-WORD = 32
-REDUCE_BLOCK = 1024
 PSUMBOOK_BYTES = 64 << 20
 """Most bytes of Psumbook at a time: further tokens wait for those before them."""
-INTERPRETED = not isinstance(reduce_kernel, JITFunction)
-if INTERPRETED:
-    mend()
-PSUMBOOK_TILE, DEQUANTIZE_TILE = (1 << 18, 1 << 16) if INTERPRETED else (2048, 4096)
-"""Elements of a tile: 16 and 32 a thread. The interpreter is faster with few large ones."""
-DEQUANTIZE_WIDTH = 256
-"""Elements of a row in a tile of `dequantize`, at most."""
-
-
-def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton`, which not every torch lets take an interpreted kernel."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
-
-
-def group_units(in_features: int, group_size: int, unit: int) -> int:
-    """Units of a group; of the row where one group holds all of it."""
-    return -(-min(group_size, in_features) // unit)
-
-
-def _num_groups(in_features: int, group_size: int) -> int:
-    return -(-in_features // group_size)
-
-
-def _out(x: Tensor, rows: int, parts: int) -> Tensor:
-    """Where a kernel writes: y itself, or a workspace of fp32 parts of it."""
-    if parts == 1:
-        return x.new_empty(x.shape[0], rows)
-    return x.new_empty(parts, x.shape[0], rows, dtype=torch.float32)
-
-
-def _without_ratios(
-    scales: Tensor, offsets: Tensor | None, ratios: Tensor | None, scale_kind: str
-) -> tuple[Tensor, Tensor | None, str]:
-    """Scales, offsets and scale kind of a weight to be decoded: the ratio kind in its free form, fp32.
-
-    SPEC.md has `scales * ratios` rounded before it is added; a kernel that multiplied would have both fused.
-    """
-    if ratios is None:
-        return scales, offsets, scale_kind
-    wide = None if offsets is None else offsets.to(torch.float32)
-    return scales.to(torch.float32) * ratios[:, None, None], wide, "free"
-
-
-def _dequantize_tile(w: Tensor, unit: int, units: int) -> tuple[int, int]:
-    """(rows, units) of a tile."""
-    wide = DEQUANTIZE_TILE if INTERPRETED else DEQUANTIZE_WIDTH
-    block_u = min(wide // unit, power_of_two(units))
-    return max(1, min(DEQUANTIZE_TILE // (block_u * unit), power_of_two(w.shape[0]))), block_u
-
-
-def _sum_parts(x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-    """The second kernel, where there are parts."""
-    if out.ndim == 2:
-        return out
-    y = x.new_empty(out.shape[1:])
-    grid = (-(-y.numel() // REDUCE_BLOCK),)
-    wrap_triton(reduce_kernel)[grid](
-        out, out if bias is None else bias, y, y.numel(), y.shape[1], out.shape[0],
-        HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return y
 
 
 @triton_op("lutgemm::_triton_bcq_linear", mutates_args=())
@@ -108,17 +50,17 @@ def bcq_linear(
     """`lut_gemm`, `biqgemm` or `dequant_gemm` of a BCQ weight."""
     cut = Config(*config)
     if algorithm == "dequant_gemm":
-        scales, offsets, scale_kind = _without_ratios(scales, offsets, ratios, scale_kind)
+        scales, offsets, scale_kind = without_ratios(scales, offsets, ratios, scale_kind)
     (m, k), (bits, n, words) = x.shape, codes.shape
     units = group_units(k, group_size, WORD)
     steps = num_steps(Task(algorithm, m, n, k, bits, WORD, units, x.element_size()), cut)
     parts, steps_per_split = split_evenly(steps, cut.splits)
     m_blocks, n_blocks = -(-m // cut.block_m), -(-n // cut.block_n)
-    out = _out(x, n, steps if algorithm == "biqgemm" else parts)
+    out = new_out(x, n, steps if algorithm == "biqgemm" else parts)
     # An absent tensor is never read; any other stands in for its address.
     record = (codes, scales, scales if offsets is None else offsets, scales if zeros is None else zeros)
     more = (scales if ratios is None else ratios, x if bias is None else bias)
-    sizes = (m, n, k, words, _num_groups(k, group_size))
+    sizes = (m, n, k, words, num_groups(k, group_size))
     kind = {
         "BITS": bits, "KIND": SCALE_KINDS.index(scale_kind), "HAS_OFFSETS": offsets is not None,
         "HAS_BIAS": bias is not None, "PARTIAL": out.ndim == 3, "GROUP_UNITS": units,
@@ -142,7 +84,7 @@ def bcq_linear(
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_U=cut.chunk, STAGES=cut.num_stages,
             num_warps=cut.num_warps,
         )  # fmt: skip
-    return _sum_parts(x, out, bias)
+    return sum_parts(x, out, bias)
 
 
 def _codegemm(
@@ -162,15 +104,15 @@ def _codegemm(
         BOOKS=books, ENTRIES=entries, VEC_LEN=vec_len, BLOCK_M=block_m, BLOCK_J=block_j, BLOCK_E=block_e,
         num_warps=4,
     )  # fmt: skip
-    out = _out(x, n, parts)
+    out = new_out(x, n, parts)
     wrap_triton(codegemm_kernel)[(-(-m // cut.block_m) * -(-n // cut.block_n), parts)](
         psums, codes, scales, x if bias is None else bias, out,
-        m, n, vectors, _num_groups(k, group_size), steps, steps_per_split,
+        m, n, vectors, num_groups(k, group_size), steps, steps_per_split,
         BOOKS=books, ENTRIES=entries, HAS_BIAS=bias is not None, PARTIAL=out.ndim == 3, GROUP_UNITS=units,
         BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, CHUNK=cut.chunk, CHUNKS=cut.chunks, STAGES=cut.num_stages,
-        num_warps=cut.num_warps,
+        REVERSED=LANES_ALONG_FIRST, num_warps=cut.num_warps,
     )  # fmt: skip
-    return _sum_parts(x, out, bias)
+    return sum_parts(x, out, bias)
 
 
 @triton_op("lutgemm::_triton_codebook_linear", mutates_args=())
@@ -196,15 +138,15 @@ def codebook_linear(
     units = group_units(k, group_size, vec_len)
     steps = num_steps(Task(algorithm, m, n, k, books, vec_len, units, x.element_size()), cut)
     parts, steps_per_split = split_evenly(steps, cut.splits)
-    out = _out(x, n, parts)
+    out = new_out(x, n, parts)
     wrap_triton(codebook_dequant_gemm_kernel)[(-(-m // cut.block_m) * -(-n // cut.block_n), parts)](
         x, codes, codebooks, scales, x if bias is None else bias, out,
-        m, n, k, vectors, _num_groups(k, group_size), steps, steps_per_split,
+        m, n, k, vectors, num_groups(k, group_size), steps, steps_per_split,
         BOOKS=books, ENTRIES=entries, VEC_LEN=vec_len, HAS_BIAS=bias is not None, PARTIAL=out.ndim == 3,
         GROUP_UNITS=units, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_U=cut.chunk, STAGES=cut.num_stages,
         num_warps=cut.num_warps,
     )  # fmt: skip
-    return _sum_parts(x, out, bias)
+    return sum_parts(x, out, bias)
 
 
 @triton_op("lutgemm::_triton_bcq_dequantize", mutates_args=())
@@ -222,14 +164,14 @@ def bcq_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows row_begin .. row_end of W: `[rows, K]` of dtype."""
-    scales, offsets, scale_kind = _without_ratios(scales, offsets, ratios, scale_kind)
+    scales, offsets, scale_kind = without_ratios(scales, offsets, ratios, scale_kind)
     bits, n, words = codes.shape
     w = scales.new_empty(row_end - row_begin, in_features, dtype=dtype)
-    rows, block_u = _dequantize_tile(w, WORD, words)
+    rows, block_u = dequantize_tile(w, WORD, words)
     wrap_triton(bcq_dequantize_kernel)[(-(-w.shape[0] // rows), -(-words // block_u))](
         codes, scales, scales if offsets is None else offsets, scales if zeros is None else zeros,
         w,
-        n, in_features, words, _num_groups(in_features, group_size), row_begin, row_end,
+        n, in_features, words, num_groups(in_features, group_size), row_begin, row_end,
         BITS=bits, KIND=SCALE_KINDS.index(scale_kind), HAS_OFFSETS=offsets is not None,
         GROUP_UNITS=group_units(in_features, group_size, WORD), BLOCK_N=rows, BLOCK_U=block_u, num_warps=4,
     )  # fmt: skip
@@ -250,10 +192,10 @@ def codebook_dequantize(
     """Rows row_begin .. row_end of W: `[rows, K]` of dtype."""
     (books, n, vectors), (_, entries, vec_len) = codes.shape, codebooks.shape
     w = scales.new_empty(row_end - row_begin, in_features, dtype=dtype)
-    rows, block_u = _dequantize_tile(w, vec_len, vectors)
+    rows, block_u = dequantize_tile(w, vec_len, vectors)
     wrap_triton(codebook_dequantize_kernel)[(-(-w.shape[0] // rows), -(-vectors // block_u))](
         codes, codebooks, scales, w,
-        n, in_features, vectors, _num_groups(in_features, group_size), row_begin, row_end,
+        n, in_features, vectors, num_groups(in_features, group_size), row_begin, row_end,
         BOOKS=books, ENTRIES=entries, VEC_LEN=vec_len, GROUP_UNITS=group_units(in_features, group_size, vec_len),
         BLOCK_N=rows, BLOCK_U=block_u, num_warps=4,
     )  # fmt: skip

@@ -11,7 +11,7 @@
     W       | codes of     | next codes,  |            BITS planes of each step
     BLOCK_N | this step    | on their way |
             +--------------+--------------+------
-              look up, times scale, into acc[T, C, N] -> summed over C at the end
+              look up, times scale, into acc[B, T, C, 16] -> summed over C at the end
 
 Grid: (row blocks x token blocks, splits of K). A table takes 16 * 4 multiply-adds and serves BLOCK_N * BITS look-ups.
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import bcq_sums, signed_sums, store_tile, words_of_step
+from .tiles import bcq_sums, rows_of_block, signed_sums, store_tile, words_of_step
 
 
 @triton.jit
@@ -39,10 +39,10 @@ def lut_gemm_kernel(
 ):  # fmt: skip
     row_blocks = tl.cdiv(N, BLOCK_N)
     m = tl.program_id(0) // row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = rows_of_block(tl.program_id(0) % row_blocks, BLOCK_N)
     split = tl.program_id(1)
     begin = split * steps_per_split
-    acc = tl.zeros([BLOCK_M, CHUNKS, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N // 16, BLOCK_M, CHUNKS, 16], tl.float32)
     for step in tl.range(begin, tl.minimum(begin + steps_per_split, num_steps), num_stages=STAGES):
         group, word, exists = words_of_step(step, num_words, GROUP_UNITS, CHUNK, CHUNKS)
         table, x_sum = signed_sums(x_ptr, m, word, exists, M, K)
@@ -50,4 +50,5 @@ def lut_gemm_kernel(
             table, x_sum, group, word, exists, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr,
             N, num_words, num_groups, BITS, KIND, HAS_OFFSETS,
         )  # fmt: skip
-    store_tile(tl.sum(acc, 1), out_ptr, bias_ptr, split, m, n, M, N, HAS_BIAS, PARTIAL)
+    y = tl.sum(acc, 2)
+    store_tile(y, out_ptr, bias_ptr, split, m[None, :, None], n[:, None, :], M, N, HAS_BIAS, PARTIAL)

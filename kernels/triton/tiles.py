@@ -8,7 +8,7 @@ into *chunks* of CHUNK units, none of which spans two groups, so that one scale 
     groups    |-------------- 0 ------------|---- 1
 
 A step of a kernel takes CHUNKS chunks side by side. Index names in shapes: T tokens, I nibbles of a word, R units of a
-chunk, C chunks of a step, N rows of W. All arithmetic is fp32.
+chunk, C chunks of a step, N rows of W, B blocks of 16 of them. All arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -64,19 +64,27 @@ def signed_sums(x_ptr, m, word, exists, M, K):
 
 
 @triton.jit
-def look_up(table, words):
-    """Table entries `[T, I, R, C, 16]` of code words `[R, C, N]`, summed over each chunk: `[T, C, N]`.
+def rows_of_block(block, BLOCK_N: tl.constexpr):
+    """The rows `[B, 16]` of a block of BLOCK_N: sixteen of them are looked up side by side."""
+    return block * BLOCK_N + tl.arange(0, BLOCK_N // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
 
-    Sixteen lanes of a warp hold a table, one entry each, so a look-up is one warp shuffle.
+
+@triton.jit
+def look_up(table, words):
+    """Table entries `[T, I, R, C, 16]` of code words `[B, R, C, 16]`, summed over each chunk: `[B, T, C, 16]`.
+
+    Sixteen lanes of a warp hold a table, one entry each, and look up sixteen rows: one warp shuffle. Triton spreads the
+    dimension of a gather over lanes by its length, so the rows are cut in sixteens, as long as the tables.
     """
+    B: tl.constexpr = words.shape[0]
     T: tl.constexpr = table.shape[0]
-    R: tl.constexpr = words.shape[0]
-    C: tl.constexpr = words.shape[1]
-    N: tl.constexpr = words.shape[2]
-    nibble = (words[None, :, :, :] >> (tl.arange(0, 8) * 4)[:, None, None, None]) & 15
-    index = tl.broadcast_to(nibble[None, :, :, :, :], [T, 8, R, C, N])
-    found = tl.gather(table, index, 4)
-    return tl.sum(tl.sum(found, 1), 1)
+    R: tl.constexpr = words.shape[1]
+    C: tl.constexpr = words.shape[2]
+    shift = (tl.arange(0, 8) * 4)[None, :, None, None, None]
+    nibble = (words[:, None, :, :, :] >> shift) & 15
+    index = tl.broadcast_to(nibble[:, None, :, :, :, :], [B, T, 8, R, C, 16])
+    found = tl.gather(tl.broadcast_to(table[None, :, :, :, :, :], [B, T, 8, R, C, 16]), index, 5)
+    return tl.sum(tl.sum(found, 2), 2)
 
 
 @triton.jit
@@ -95,21 +103,21 @@ def bcq_sums(
     table, x_sum, group, word, exists, n, codes_ptr, scales_ptr, offsets_ptr, zeros_ptr, ratios_ptr,
     N, num_words, num_groups, BITS: tl.constexpr, KIND: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """x times W of a step's chunks for rows n, one sum per token and chunk: fp32 `[T, C, N]`."""
-    in_n = (n < N)[None, None, :]
-    code = n.to(tl.int64)[None, None, :] * num_words + word[:, :, None]
-    scale_at = n.to(tl.int64)[None, :] * num_groups + group[:, None]
-    in_group = (n < N)[None, :] & (group < num_groups)[:, None]
+    """x times W of a step's chunks for rows n `[B, 16]`, one sum per token and chunk: fp32 `[B, T, C, 16]`."""
+    in_n = (n < N)[:, None, None, :]
+    code = n.to(tl.int64)[:, None, None, :] * num_words + word[None, :, :, None]
+    scale_at = n.to(tl.int64)[:, None, :] * num_groups + group[None, :, None]
+    in_group = (n < N)[:, None, :] & (group < num_groups)[None, :, None]
     plane_words = tl.cast(N, tl.int64) * num_words
     plane_scales = tl.cast(N, tl.int64) * num_groups
     for plane in tl.static_range(BITS):
-        words = tl.load(codes_ptr + plane * plane_words + code, mask=exists[:, :, None] & in_n, other=0)
+        words = tl.load(codes_ptr + plane * plane_words + code, mask=exists[None, :, :, None] & in_n, other=0)
         term = look_up(table, words)
         if KIND == UNIFORM:
             term *= 2.0 ** (BITS - 2 - plane)
         else:
             scale = load_scale(scales_ptr, ratios_ptr, plane, scale_at, in_group, plane_scales, KIND)
-            term *= scale[None, :, :]
+            term *= scale[:, None, :, :]
         if plane == 0:
             total = term
         else:
@@ -117,11 +125,11 @@ def bcq_sums(
     if KIND == UNIFORM:
         zero = tl.load(zeros_ptr + scale_at, mask=in_group, other=0).to(tl.float32)
         scale = load_scale(scales_ptr, ratios_ptr, 0, scale_at, in_group, plane_scales, KIND)
-        total += ((2.0**BITS - 1) / 2 - zero)[None, :, :] * x_sum[:, :, None]
-        total *= scale[None, :, :]
+        total += ((2.0**BITS - 1) / 2 - zero)[:, None, :, :] * x_sum[None, :, :, None]
+        total *= scale[:, None, :, :]
     elif HAS_OFFSETS:
         offset = tl.load(offsets_ptr + scale_at, mask=in_group, other=0.0).to(tl.float32)
-        total += offset[None, :, :] * x_sum[:, :, None]
+        total += offset[:, None, :, :] * x_sum[None, :, :, None]
     return total
 
 
@@ -187,9 +195,11 @@ def codebook_tile(
 
 @triton.jit
 def store_tile(y, out_ptr, bias_ptr, split, m, n, M, N, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr):
-    """y `[T, N]` plus bias into out `[M, N]`, or as it is into its part of out `[splits, M, N]`."""
+    """y plus bias into out `[M, N]`, or as it is into its part of out `[splits, M, N]`.
+
+    m and n, tokens and rows, have y's dimensions, of length 1 where y does not depend on them.
+    """
     if HAS_BIAS and not PARTIAL:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    row = split.to(tl.int64) * M + m
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out_ptr + row[:, None] * N + n[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    at = (split.to(tl.int64) * M + m) * N + n
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))

@@ -104,8 +104,8 @@ def codegemm_scales(record: CodebookRecord, exact: bool) -> Layout:
 
 
 def _codegemm(ops: Ops, x: Tensor, record: CodebookRecord, bias: Tensor | None, accuracy: int) -> Tensor:
-    wide = record.codes.dtype != torch.uint8
-    exact = accuracy == EXACT or wide or record.scales.dtype == torch.float32
+    no_integers = record.codes.dtype != torch.uint8 or record.scales.dtype == torch.float32 or len(record.codes) == 3
+    exact = accuracy == EXACT or no_integers
     (codes,) = kept_layout(record, "cuda codegemm codes", lambda: codegemm_codes(record))
     kind = "cuda codegemm fp32" if exact else "cuda codegemm fp16"
     scales, codebooks, norms = kept_layout(record, kind, lambda: codegemm_scales(record, exact))
