@@ -2,7 +2,8 @@
 # bench/gpu.sh [FOLDER]: on a machine with an NVIDIA GPU, in a checkout: build, test, measure, in about ten minutes.
 #
 # Needs nvcc, a C++ compiler, ninja and pybind11, and a torch with CUDA as `python3` ($PYTHON). Nothing is fetched.
-# FOLDER (default: gpu-results) gets build.log, tests.log, sanitizer.log, primitives.json, gpu.json, block.json; a step
+# FOLDER (default: gpu-results) gets a log of each step, primitives.json, tune.json,
+# block.json and gpu.json; a step
 # that fails or runs over its time does not stop the others. Exit code: how many did.
 set -uo pipefail
 
@@ -35,6 +36,7 @@ step build 240 bash -c build
 step primitives 60 bash -c '"$out/primitives" > "$out/primitives.json"'
 step tests 200 "$python" -m pytest -q -x --require cuda,triton -m "gpu" tests
 step sanitizer 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x --require cuda -m sanitizer tests
+step tune 90 bash -c '"$python" -m lutgemm tune --device cuda --quick --dry-run --json > "$out/tune.json"'
 step block 60 "$python" -m lutgemm bench --suite block --device cuda --dtype fp16,bf16 --seconds 1 --json "$out/block.json"
 LINES_SHOWN=60 step gpu 420 "$python" -m lutgemm bench --suite gpu --cold --seconds 0.02 --json "$out/gpu.json"
 rm -f "$out/primitives"
