@@ -2,9 +2,8 @@
 # bench/gpu.sh [FOLDER]: on a machine with an NVIDIA GPU, in a checkout: build, test, measure, in about ten minutes.
 #
 # Needs nvcc, a C++ compiler, ninja and pybind11, and a torch with CUDA as `python3` ($PYTHON). Nothing is fetched.
-# FOLDER (default: gpu-results) gets a log of each step, primitives.json, tune.json,
-# block.json and gpu.json; a step
-# that fails or runs over its time does not stop the others. Exit code: how many did.
+# FOLDER (default: gpu-results) gets a log of each step, primitives.json, tune.json, block.json and gpu.json. A step that
+# fails or runs over its time does not stop the others. Exit code: how many did.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -34,8 +33,10 @@ export out python
 
 step build 240 bash -c build
 step primitives 60 bash -c '"$out/primitives" > "$out/primitives.json"'
-step tests 200 "$python" -m pytest -q -x --require cuda,triton -m "gpu" tests
-step sanitizer 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x --require cuda -m sanitizer tests
+files=(tests/test_{kernels,cuda_gpu,gpu_behaviour,tune_gpu}.py)
+step tests 200 "$python" -m pytest -q --maxfail=50 --require cuda,triton -m gpu "${files[@]}"
+step sanitizer 90 compute-sanitizer --tool memcheck --error-exitcode 9 \
+  "$python" -m pytest -q --maxfail=50 --require cuda -m sanitizer tests/test_cuda_gpu.py
 step tune 90 bash -c '"$python" -m lutgemm tune --device cuda --quick --dry-run --json > "$out/tune.json"'
 step block 60 "$python" -m lutgemm bench --suite block --device cuda --dtype fp16,bf16 --seconds 1 --json "$out/block.json"
 LINES_SHOWN=60 step gpu 420 "$python" -m lutgemm bench --suite gpu --cold --seconds 0.02 --json "$out/gpu.json"

@@ -89,6 +89,10 @@ void let_read(const void* data, int64_t bytes, const char* name) {
   if (current != nullptr && bytes > 0) current->read(data, size_t(bytes), name);
 }
 
+void let_input(const void* data, int64_t bytes, const char* name) {
+  if (current != nullptr && bytes > 0) current->input(data, size_t(bytes), name);
+}
+
 void let_write(void* data, int64_t bytes, const char* name) {
   if (bytes <= 0) return;
   std::memset(data, 0xff, size_t(bytes));  // NaN in every floating type
@@ -111,7 +115,7 @@ GpuIo make_io(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y, int
   check((K == 1 || x.stride(1) == 1) && stride >= K, "x: the elements of a row must be adjacent, the rows apart");
   check(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "x: must start at a multiple of 16 bytes");
   const DType dtype = float_dtype(x, "x");
-  if (M > 0) let_read(x.const_data_ptr(), ((M - 1) * stride + K) * int64_t(x.element_size()), "x");
+  if (M > 0) let_input(x.const_data_ptr(), ((M - 1) * stride + K) * int64_t(x.element_size()), "x");
   if (bias) {
     check_tensor(*bias, "bias", {N}, x);
     check(float_dtype(*bias, "bias") == dtype, "bias: must have the dtype of x");

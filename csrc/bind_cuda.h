@@ -79,9 +79,11 @@ inline void check_range(const char* name, int64_t value, int64_t low, int64_t hi
 // The emulator lets the kernels of the current Call touch the memory that was named to it, and none else.
 #ifdef LUTGEMM_EMULATED
 void let_read(const void* data, int64_t bytes, const char* name);
-void let_write(void* data, int64_t bytes, const char* name);  // poisons it first
+void let_input(const void* data, int64_t bytes, const char* name);  // that the kernel before may still be writing
+void let_write(void* data, int64_t bytes, const char* name);        // poisons it first
 #else
 inline void let_read(const void*, int64_t, const char*) {}
+inline void let_input(const void*, int64_t, const char*) {}
 inline void let_write(void*, int64_t, const char*) {}
 #endif
 

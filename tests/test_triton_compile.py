@@ -200,6 +200,8 @@ def test_compiled_graphs_hold_the_kernels(algorithm: str, kernels: int, driver: 
     from torch._functorch.aot_autograd import aot_export_module
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from lutgemm.kernels import launch
+
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor) -> tuple[Tensor]:
             record = (codes, scales, None, None, None)
