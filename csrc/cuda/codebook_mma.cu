@@ -1,25 +1,25 @@
 // Codebook weights on tensor cores: centroids from copies of the codebooks in shared memory straight into fragments of
 // mma m16n8k16, for up to 16 tokens at a time.
 //
-//   y[m, n] = sum over groups g of scales[n, g] * sum over planes p, k in g of tables[p, codes[p, n, k / v], k % v] *
-//   x[m, k]
+//   y[m, n] = sum over groups g of scales[n, g] *
+//             sum over planes p and k in g of tables[p, codes[p, n, k / v], k % v] * x[m, k]
 //
-//   A  16 tokens x 16 inputs        the order of inputs within a step is free as long as A and B agree: lane 4 * r + t
-//   B  16 inputs x 8 rows of W      has inputs 4t..4t+3 of token r (a[0], a[2]), of token r + 8 (a[1], a[3]) and of row
-//   r D  16 tokens x 8 rows, fp32     (b[0], b[1]): a centroid of 4 fp16 is one 8-byte load, of 8 one 16-byte load for
-//   two
-//                                   mma, into the registers that mma reads. Up to 8 tokens leave half of A empty
+//   A   16 tokens x 16 inputs     a[0], a[2]: inputs 4t..4t+3 of token r; a[1], a[3]: of token r + 8; lane = 4 * r + t
+//   B   16 inputs x 8 rows of W   b[0], b[1]: the same inputs of row r
+//   D   16 tokens x 8 rows        fp32
+//
+// The order of inputs within a step is free as long as A and B agree, and so a centroid of 4 fp16 is one 8-byte load,
+// of 8 one 16-byte load for two mma, into the registers that mma reads. Up to 8 tokens leave half of A empty.
 //
 //   table   [plane][half of v = 16][entry][copy][min(2v, 16) bytes]     128 bytes of copies for each entry where they
 //           fit: lane l reads copy l % copies, so the lanes that are served together use banks of their own
 //   block   16 warps share tiles of 32 rows, each a part of K; their sums meet in shared memory, warp 0 first. A block
 //           takes tile after tile, for one filling of the table and one staging of x
 //
-// Counts for 32 rows and 16 inputs of one codebook of v = 4 (1024 bits of codes): 4 look-ups of 2 wavefronts, and 1 or
-// 2 of x for up to 8 tokens (4 for 16): 9, 10 (12), so shared memory takes 114, 102 (85) bits a clock; 2 codebooks of v
-// = 8:
-// 60. Instructions: 25 (200 for a chunk of 8 such steps), and 130 a chunk for loads and the end of a group: 100 bits a
-// clock. Derived, not measured.
+// Counts for 32 rows and 16 inputs of one codebook of v = 4, 1024 bits of codes: 4 look-ups of 2 wavefronts, and 1 of x
+// for up to 4 tokens, 2 for 8, 4 for 16. So shared memory takes 114, 102, 85 bits a clock; with 2 codebooks of v = 8 it
+// takes 60. Instructions: 25, and 130 for loads and the end of a group every 8 such steps: 100 bits a clock. Derived,
+// not measured.
 #include <algorithm>
 #include <stdexcept>
 #include <string>

@@ -85,31 +85,47 @@ inline size_t shared_limit() {
   return static_cast<size_t>(device_facts().shared_limit);
 }  // most shared bytes of a block
 
+// Of a kernel on a device, asked and set once.
+struct KernelFacts {
+  size_t allowed_shared = 0;  // dynamic bytes it may get
+  bool waits = false;         // its code has grid_dependency_wait()
+};
+
 // Where static and dynamic shared memory together exceed 48 KB, a kernel must be told on each device how much of the
-// dynamic kind it may get. Done once for a size, whatever the static part is.
-inline void allow_dynamic_shared(const void* kernel, size_t bytes) {
-  if (bytes == 0) return;
+// dynamic kind it may get: once for a size, whatever the static part is.
+//
+// Whether the code that runs waits depends on what it was compiled for, not on the device: a GPU of a later generation
+// than 9 gets what the driver makes of PTX for compute_80, in which grid_dependency_wait() is nothing.
+inline KernelFacts kernel_facts(const void* kernel, size_t dynamic_shared) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, size_t> allowed;
+  static std::map<std::pair<const void*, int>, KernelFacts> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  size_t& most = allowed[{kernel, current_device()}];
-  if (bytes <= most) return;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-             "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-  most = bytes;
+  const auto [found, is_new] = known.try_emplace({kernel, current_device()});
+  KernelFacts& facts = found->second;
+  if (is_new) {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    facts.waits = attributes.ptxVersion >= 90;
+  }
+  if (dynamic_shared > facts.allowed_shared) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_shared)),
+               "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+    facts.allowed_shared = dynamic_shared;
+  }
+  return facts;
 }
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "as many arguments as the kernel has parameters");
-  allow_dynamic_shared(reinterpret_cast<const void*>(kernel), shape.dynamic_shared);
+  const KernelFacts facts = kernel_facts(reinterpret_cast<const void*>(kernel), shape.dynamic_shared);
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.dynamic_shared;
   config.stream = static_cast<cudaStream_t>(shape.stream);
-  if (shape.dependent && architecture() >= 90) {
+  if (shape.dependent && facts.waits) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
