@@ -152,6 +152,14 @@ def test_a_psumbook_that_does_not_fit_at_once(monkeypatch: pytest.MonkeyPatch):
     assert_equal(y, exact_result(inputs.x, inputs.weight).float())
 
 
+def test_parts_of_y_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch):
+    inputs = OpCase(M=5, N=20, K=600, bits=1, bias=True).inputs("exact")
+    monkeypatch.setattr(launch, "WORKSPACE_BYTES", 2 * 4 * 20 * 3)
+    monkeypatch.setattr(backend, "_config", lambda task, device: [2, 32, 1, 8, 1, 4, 1])
+    y = lutgemm.bcq_linear(inputs.x, inputs.weight, inputs.bias, backend="triton", algorithm="biqgemm")
+    assert_equal(y, exact_result(inputs.x, inputs.weight, inputs.bias).float())
+
+
 def test_panels_of_dequantize(monkeypatch: pytest.MonkeyPatch):
     for op in CASES:
         inputs = OpCase(op=op, M=3, N=65, K=100, bits=3, bias=True).inputs("exact")

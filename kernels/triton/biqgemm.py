@@ -12,7 +12,7 @@
                  +----------------+  |
     next rows    | ...            |  v    row_blocks_per_program times
 
-Grid: (step of K, token blocks x row parts). Each step of K writes its own part of a workspace `[steps, M, N]`, which
+Grid: (row parts x token blocks, steps of K). Each step of K writes its own part of a workspace `[steps, M, N]`, which
 `reduce.py` sums in order; with a single step it writes y. Where `lut_gemm` builds a table for BLOCK_N * BITS look-ups,
 here it serves row_blocks_per_program times as many, and codes are unpacked once for BLOCK_M tokens.
 """
@@ -33,10 +33,10 @@ def biqgemm_kernel(
     GROUP_UNITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    step = tl.program_id(0)
+    step = tl.program_id(1)
     row_parts = tl.cdiv(row_blocks, row_blocks_per_program)
-    m = tl.program_id(1) // row_parts * BLOCK_M + tl.arange(0, BLOCK_M)
-    begin = tl.program_id(1) % row_parts * row_blocks_per_program
+    m = tl.program_id(0) // row_parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = tl.program_id(0) % row_parts * row_blocks_per_program
     group, word, exists = words_of_step(step, num_words, GROUP_UNITS, CHUNK, CHUNKS)
     table, x_sum = signed_sums(x_ptr, m, word, exists, M, K)
     for block in tl.range(begin, tl.minimum(begin + row_blocks_per_program, row_blocks), num_stages=STAGES):

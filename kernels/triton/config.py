@@ -116,7 +116,7 @@ def blocks(task: Task, device: Device) -> Iterator[Config]:
     longest = power_of_two(task.group_units)
     if task.algorithm == "dequant_gemm":
         tokens = [m for m in (16, 32, 64, 128) if m <= max(16, power_of_two(task.M))]
-        for m, n, k in product(tokens[-2:], (64, 128), (32, 64)):
+        for m, n, k in product(tokens[-2:], (64, 128), (64, 32) if task.x_bytes == 2 else (32,)):
             once, each = n * k * task.x_bytes, m * k * task.x_bytes + n * k // task.unit * task.planes * 4
             stages = _stages(once, each, device.shared)
             yield Config(m, n, max(1, k // task.unit), 1, 1, 4 if m * n <= 8192 else 8, stages)

@@ -30,11 +30,17 @@ from .start import (
 
 SCALE_KINDS = ("free", "uniform", "ratio")
 PSUMBOOK_BYTES = 64 << 20
-"""Most bytes of Psumbook at a time: further tokens wait for those before them."""
+WORKSPACE_BYTES = 256 << 20
+"""Most bytes of a Psumbook, and of parts of y, at a time: further tokens wait for those before them."""
 
 
-@triton_op("lutgemm::_triton_bcq_linear", mutates_args=())
-def bcq_linear(
+def _slabs(x: Tensor, token_bytes: int, limit: int) -> list[Tensor]:
+    """x cut by tokens, so that each part needs at most `limit` bytes, or is one token."""
+    tokens = max(1, limit // token_bytes)
+    return [x] if x.shape[0] <= tokens else [x[at : at + tokens] for at in range(0, x.shape[0], tokens)]
+
+
+def _bcq_linear(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -47,7 +53,7 @@ def bcq_linear(
     algorithm: str,
     config: list[int],
 ) -> Tensor:
-    """`lut_gemm`, `biqgemm` or `dequant_gemm` of a BCQ weight."""
+    """`bcq_linear` of so many tokens that the workspace fits."""
     cut = Config(*config)
     if algorithm == "dequant_gemm":
         scales, offsets, scale_kind = without_ratios(scales, offsets, ratios, scale_kind)
@@ -73,7 +79,7 @@ def bcq_linear(
         )  # fmt: skip
     elif algorithm == "biqgemm":
         row_parts, blocks_per_program = split_evenly(n_blocks, cut.splits)
-        wrap_triton(biqgemm_kernel)[(steps, m_blocks * row_parts)](
+        wrap_triton(biqgemm_kernel)[(m_blocks * row_parts, steps)](
             x, *record, *more, out, *sizes, n_blocks, blocks_per_program, **kind,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, CHUNK=cut.chunk, CHUNKS=cut.chunks, STAGES=cut.num_stages,
             num_warps=cut.num_warps,
@@ -85,6 +91,31 @@ def bcq_linear(
             num_warps=cut.num_warps,
         )  # fmt: skip
     return sum_parts(x, out, bias)
+
+
+@triton_op("lutgemm::_triton_bcq_linear", mutates_args=())
+def bcq_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    zeros: Tensor | None,
+    ratios: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    scale_kind: str,
+    algorithm: str,
+    config: list[int],
+) -> Tensor:
+    """`lut_gemm`, `biqgemm` or `dequant_gemm` of a BCQ weight."""
+    record = (codes, scales, offsets, zeros, ratios, bias, group_size, scale_kind, algorithm, config)
+    if algorithm != "biqgemm":
+        return _bcq_linear(x, *record)
+    units = group_units(x.shape[1], group_size, WORD)
+    task = Task(algorithm, 1, codes.shape[1], x.shape[1], codes.shape[0], WORD, units, x.element_size())
+    token_bytes = 4 * num_steps(task, Config(*config)) * codes.shape[1]
+    slabs = [_bcq_linear(slab, *record) for slab in _slabs(x, token_bytes, WORKSPACE_BYTES)]
+    return slabs[0] if len(slabs) == 1 else torch.cat(slabs)
 
 
 def _codegemm(
@@ -130,11 +161,11 @@ def codebook_linear(
     cut = Config(*config)
     (m, k), (books, n, vectors), (_, entries, vec_len) = x.shape, codes.shape, codebooks.shape
     if algorithm == "codegemm":
-        tokens = max(1, PSUMBOOK_BYTES // (4 * books * vectors * entries))
-        if m <= tokens:
-            return _codegemm(x, codes, codebooks, scales, bias, group_size, cut)
-        slabs = [x[at : at + tokens] for at in range(0, m, tokens)]
-        return torch.cat([_codegemm(slab, codes, codebooks, scales, bias, group_size, cut) for slab in slabs])
+        slabs = [
+            _codegemm(slab, codes, codebooks, scales, bias, group_size, cut)
+            for slab in _slabs(x, 4 * books * vectors * entries, PSUMBOOK_BYTES)
+        ]
+        return slabs[0] if len(slabs) == 1 else torch.cat(slabs)
     units = group_units(k, group_size, vec_len)
     steps = num_steps(Task(algorithm, m, n, k, books, vec_len, units, x.element_size()), cut)
     parts, steps_per_split = split_evenly(steps, cut.splits)

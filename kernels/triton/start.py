@@ -27,7 +27,7 @@ LANES_ALONG_FIRST = VERSION < (3, 7)
 
 WORD = 32
 REDUCE_BLOCK = 1024
-DEQUANTIZE_WIDTH = 256
+DEQUANTIZE_WIDTH = 512
 """Elements of a row in a tile of `dequantize`, at most."""
 
 INTERPRETED = not isinstance(reduce_kernel, JITFunction)

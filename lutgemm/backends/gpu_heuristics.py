@@ -53,9 +53,9 @@ GPU_THRESHOLDS = (
     GpuThreshold("bcq_linear", "lut_gemm", 1),
     GpuThreshold("bcq_linear", "biqgemm", 16),
     GpuThreshold("bcq_linear", "dequant_gemm", 256),
-    GpuThreshold("codebook_linear", "codegemm", 8),
+    GpuThreshold("codebook_linear", "codegemm", 1),
     GpuThreshold("codebook_linear", "codebook_mma", 16),
-    GpuThreshold("codebook_linear", "dequant_gemm", 256),
+    GpuThreshold("codebook_linear", "codegemm", 8),
 )
 """Rows of one op by rising M; the first that fits is taken, "dequantize" when none does."""
 

@@ -130,6 +130,14 @@ def algorithms() -> dict[tuple[str, str], Algorithm]:
     return {(each.op, each.name): each for module in modules for each in module.ALGORITHMS}
 
 
+@lru_cache(maxsize=1)
+def least_shared_bytes() -> int:
+    """Shared memory that a block can have on every GPU that torch sees; without one, that of sm_90 (the emulator's)."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found: list[Any] = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return min((each.shared_memory_per_block_optin for each in found), default=227 << 10)
+
+
 Layout = tuple[Tensor, ...]
 
 ALIGNMENT = 16

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ...accuracy import EXACT, NEAR_EXACT
 from .. import Problem, Reason
-from . import Algorithm, CodebookRecord, Layout, Ops, kept_layout
+from . import Algorithm, CodebookRecord, Layout, Ops, kept_layout, least_shared_bytes
 
 UNIT_COLUMNS = 4
 TILE_UNITS = 32
@@ -191,6 +191,18 @@ def _codebook_mma(ops: Ops, x: Tensor, record: CodebookRecord, bias: Tensor | No
     return ops("_codebook_codebook_mma_cuda")(x, codes, scales, tables, units, bias, *shape)
 
 
+FLOAT_TABLE_BYTES = 128 << 10
+"""Of the fp32 Psumbook of a block (psumbook.cuh); x takes 512 * vec_len more."""
+
+
+def _codegemm_unsupported(problem: Problem) -> Reason | None:
+    floats = problem.codebook_bits <= BYTE_BITS and (problem.accuracy == EXACT or problem.planes == 3)
+    needed, given = FLOAT_TABLE_BYTES + 512 * problem.vec_len, least_shared_bytes()
+    if floats and given < needed:
+        return f"its fp32 tables take {needed} bytes of shared memory, and a block of this GPU gets {given}"
+    return None
+
+
 def _mma_unsupported(problem: Problem) -> Reason | None:
     if problem.dtype == torch.float32:
         return "it multiplies in fp16 or bf16, and x is float32"
@@ -200,6 +212,6 @@ def _mma_unsupported(problem: Problem) -> Reason | None:
 
 
 ALGORITHMS = (
-    Algorithm("codebook_linear", "codegemm", _codegemm),
+    Algorithm("codebook_linear", "codegemm", _codegemm, _codegemm_unsupported),
     Algorithm("codebook_linear", "codebook_mma", _codebook_mma, _mma_unsupported),
 )
