@@ -33,7 +33,7 @@ export out python
 
 step build 240 bash -c build
 step primitives 60 bash -c '"$out/primitives" > "$out/primitives.json"'
-files=(tests/test_{kernels,cuda_gpu,gpu_behaviour,tune_gpu}.py)
+files=(tests/test_{kernels,cuda_gpu,gpu_behaviour,fusion_cuda,tune_gpu}.py)
 step tests 200 "$python" -m pytest -q --maxfail=50 --require cuda,triton -m gpu "${files[@]}"
 step sanitizer 90 compute-sanitizer --tool memcheck --error-exitcode 9 \
   "$python" -m pytest -q --maxfail=50 --require cuda -m sanitizer tests/test_cuda_gpu.py

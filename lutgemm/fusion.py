@@ -1,8 +1,9 @@
 """One kernel call for sibling layers that read the same activations: the q, k and v of an attention, gate and up.
 
-Siblings keep their tensors, names, modules and kernel layouts. The first of them that is called computes all, from one
-set of tables, and hands the others their part when they are called with the same activations, so that results are the
-same bits as apart. It is done where nothing can go wrong unseen: eager calls of the compiled CPU kernels without
+Siblings keep their tensors, names and modules. The first of them that is called computes all and hands the others their
+part when they are called with the same activations. On a CPU that is done from one set of tables, with the kernel
+layouts that the layers have anyway and the same bits as apart; with the CUDA kernels over stacked rows
+(`backends.cuda_siblings`). It is done where nothing can go wrong unseen: eager calls of compiled kernels without
 gradients. Under `torch.compile`, in training, under autocast and under any mode or transform each layer computes its
 own, as it does when the activations, its tensors or the settings are not those that its part was made from.
 """
@@ -13,15 +14,17 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 
 from ._plain import is_plain
 from .accuracy import AUTO
-from .backends import cpu, generation
+from .backends import cpu, cuda_siblings, generation
+from .backends.cuda_siblings import Sibling, Siblings
+from .backends.gpu_layouts import BcqRecord
 from .backends.prepared import Ready
-from .choices import bcq_choice, held_isa
+from .choices import Choice, bcq_choice, held_isa
 from .errors import ArgumentError
 from .formats import BCQWeight
 from .ops import ACTIVATION_DTYPES
@@ -56,6 +59,19 @@ Settings = tuple[str, int, int | None, bool]
 """What a result depends on, or what kind of tensor it is, beside tensors and what `ops.direct` looks at."""
 
 
+class _Plan(NamedTuple):
+    """How to compute all layers in one call."""
+
+    layers: list[Ready]
+    """The same number as of the group, in its order."""
+    stacked: Siblings | None
+    """For the CUDA kernels; None: by `OPERATOR`."""
+
+
+APART = _Plan([], None)
+"""Kernels that were chosen for the layers cannot compute them together."""
+
+
 class _Bits:
     """What an inference tensor holds: torch does not count its changes."""
 
@@ -76,14 +92,16 @@ class _Bits:
 class _Pending:
     """Results that siblings have not asked for yet, and what they were made from."""
 
-    __slots__ = ("bias_states", "biases", "bits", "left", "plan", "settings", "version", "x", "ys")
+    __slots__ = ("bias_states", "biases", "bits", "left", "place", "plan", "settings", "version", "x", "ys")
 
-    def __init__(self, x: Tensor, ys: list[Tensor | None], plan: list[Ready], settings: Settings) -> None:
+    def __init__(self, x: Tensor, ys: list[Tensor | None], plan: _Plan, place: int, settings: Settings) -> None:
         self.x = weakref.ref(x)
         self.bits = _Bits(x) if x.is_inference() else None
         self.version = x._version if self.bits is None else 0
         self.ys = ys
         self.plan = plan
+        self.place = place
+        """of `cuda_siblings.place_of`, or 0"""
         self.left = len(ys) - 1
         self.settings = settings
         self.biases: list[Tensor | None] | None = None
@@ -97,12 +115,17 @@ class _Pending:
         if bias is not (None if biases is None else biases[place]):
             return False
         return (
-            self.plan[place].layout(parameters, layer._buffers) is not None
+            self.plan.layers[place].layout(parameters, layer._buffers) is not None
             and self.settings == (layer.accuracy, generation[0], held_isa(), is_inference_mode_enabled())
             and is_plain(x)
             and (bias is None or _state(bias) == self.bias_states[place])
             and not (is_grad_enabled() and _requires_grad(x, parameters))
+            and self.place == _place(x, self.plan)
         )
+
+
+def _place(x: Tensor, plan: _Plan) -> int:
+    return 0 if plan.stacked is None else cuda_siblings.place_of(x, plan.stacked.kernel)
 
 
 def _state(bias: Tensor | None) -> tuple[int, int] | None:
@@ -125,7 +148,7 @@ class FusedGroup:
 
     def __init__(self, layers: Sequence[BCQLinear]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._plans: dict[tuple[Any, ...], list[Ready]] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
         """How to compute each layer, by what that depends on beside tensors."""
         self._local = _Local()
         self._misses = 0
@@ -150,10 +173,12 @@ class FusedGroup:
         if self._rest:
             self._rest -= 1
             return None
-        if not (is_plain(x) and x.is_cpu and x.is_contiguous()):
+        if not (is_plain(x) and x.is_contiguous() and (x.is_cpu or (x.is_cuda and not x.is_inference()))):
             return None
         settings = (layer.accuracy, generation[0], held_isa(), is_inference_mode_enabled())
-        plan = self._plans.get((x.shape, x.dtype, settings))
+        plan = self._plans.get((x.shape, x.dtype, x.is_cuda, settings))
+        if plan is APART:
+            return None
         pending = None if plan is None else self._compute(plan, x, settings)
         if pending is None:  # the first call of that kind, or tensors have changed
             plan = self._plan(x, settings)
@@ -164,13 +189,14 @@ class FusedGroup:
         y, pending.ys[place] = pending.ys[place], None
         return y
 
-    def _compute(self, plan: list[Ready], x: Tensor, settings: Settings) -> _Pending | None:
+    def _compute(self, plan: _Plan, x: Tensor, settings: Settings) -> _Pending | None:
         """The results of all layers; None when the plan is out of date, or each has to compute its own."""
         accuracy, recording = settings[0], is_grad_enabled()
+        ready_layers, stacked = plan
         layouts: list[Tensor] = []
         biases: list[Tensor | None] = []
         biased = False
-        for reference, ready in zip(self._layers, plan):  # noqa: B905 (in every call; a plan is as long)
+        for reference, ready in zip(self._layers, ready_layers):  # noqa: B905 (in every call; a plan is as long)
             layer = reference()
             if layer is None or layer.accuracy != accuracy:
                 return None
@@ -186,48 +212,91 @@ class FusedGroup:
                     return None
                 biased = True
         states = [_state(bias) for bias in biases] if biased else []
+        place, ys = 0, cast(Any, None)
         try:
-            given = [bias for bias in biases if bias is not None] if biased else []
-            ys: Any = cpu._op(OPERATOR)(x, layouts, given, *plan[0].tail[1:])
+            if stacked is None:
+                given = [bias for bias in biases if bias is not None] if biased else []
+                ys = cpu._op(OPERATOR)(x, layouts, given, *ready_layers[0].tail[1:])
+            elif biased == stacked.biased:  # layouts are of the biases too
+                place, ys = _place(x, plan), stacked.run(x, layouts[0])
         except RuntimeError:  # for a bias that fits its layer no longer: the layer's own call says so
             return None
-        pending = _Pending(x, ys, plan, settings)
+        if ys is None:
+            return None
+        pending = _Pending(x, ys, plan, place, settings)
         if biased:
             pending.biases, pending.bias_states = biases, states
         return pending
 
-    def _plan(self, x: Tensor, settings: Settings) -> list[Ready] | None:
-        """How to compute each layer in one call, kept for the next ones; None when that cannot be."""
-        plan: list[Ready] = []
+    def _plan(self, x: Tensor, settings: Settings) -> _Plan | None:
+        """How to compute all layers in one call, kept for the next ones; None when that cannot be."""
+        layers: list[BCQLinear] = []
+        choices: list[Choice] = []
         for reference in self._layers:
             layer = reference()
             alone = layer is None or layer.accuracy != settings[0]
-            ready = None if alone else _ready(cast("BCQLinear", layer), x, settings[0])
-            if ready is None or (plan and ready.tail[1:] != plan[0].tail[1:]):
+            choice = None if alone else _choice(cast("BCQLinear", layer), x, settings[0])
+            if choice is None:
                 return None
-            plan.append(ready)
-        if len(self._plans) >= MOST_PLANS:
-            self._plans.clear()
-        self._plans[x.shape, x.dtype, settings] = plan
-        return plan
+            layers.append(cast("BCQLinear", layer))
+            choices.append(choice)
+        made = _plan_of(layers, choices, x)
+        if made is not None:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[x.shape, x.dtype, x.is_cuda, settings] = made
+        return None if made is APART else made
 
 
-def _ready(layer: BCQLinear, x: Tensor, accuracy: str) -> Ready | None:
-    """How the compiled kernels compute `layer` for x, its layout made if need be; None when they do not."""
+def _choice(layer: BCQLinear, x: Tensor, accuracy: str) -> Choice | None:
+    """Who computes `layer` for x; None when its own call has to see to it."""
     weight, bias, shape = cast(BCQWeight, layer.weight_record), layer._parameters["bias"], x.shape
     fits = len(shape) and shape[-1] == weight.shape[1] and x.dtype in ACTIVATION_DTYPES
-    if not fits or not all(tensor.is_cpu for tensor in weight.tensors.values()):
+    there = [tensor.device == x.device for name, tensor in weight.tensors.items() if name != "header"]
+    if not (fits and all(there)) or (is_grad_enabled() and _requires_grad(x, layer._parameters)):
         return None
-    if is_grad_enabled() and _requires_grad(x, layer._parameters):
+    if bias is not None and not (bias.device == x.device and bias.dtype == x.dtype and bias.is_contiguous()):
         return None
-    if bias is not None and not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous()):
-        return None
-    choice = bcq_choice(x, weight, AUTO, AUTO, accuracy)
-    if choice.kernel is not cpu.BACKEND.bcq_linear or choice.algorithm == "dequantize":
-        return None
-    cpu.prepare_bcq(weight, choice.accuracy)
-    choice.ready = choice.get_ready(weight, choice.algorithm, choice.accuracy)
-    return choice.ready
+    return bcq_choice(x, weight, AUTO, AUTO, accuracy)
+
+
+def _plan_of(layers: Sequence[BCQLinear], choices: Sequence[Choice], x: Tensor) -> _Plan | None:
+    """How to compute layers for which `choices` were made; `APART`, or None when it cannot be now."""
+    first = choices[0]
+    if any(choice.kernel is not first.kernel or choice.algorithm == "dequantize" for choice in choices):
+        return APART
+    if first.kernel is cpu.BACKEND.bcq_linear:
+        return _cpu_plan(layers, choices)
+    alike = all((choice.algorithm, choice.accuracy) == (first.algorithm, first.accuracy) for choice in choices)
+    return _stacked_plan(layers, first, x) if alike and first.kernel in cuda_siblings.NAMESPACES else APART
+
+
+def _cpu_plan(layers: Sequence[BCQLinear], choices: Sequence[Choice]) -> _Plan | None:
+    """By `OPERATOR`, each layer's layout made if need be."""
+    made: list[Ready] = []
+    for layer, choice in zip(layers, choices, strict=True):
+        weight = cast(BCQWeight, layer.weight_record)
+        cpu.prepare_bcq(weight, choice.accuracy)
+        choice.ready = ready = choice.get_ready(weight, choice.algorithm, choice.accuracy)
+        if ready is None or (made and ready.tail[1:] != made[0].tail[1:]):
+            return None
+        made.append(ready)
+    return _Plan(made, None)
+
+
+def _stacked_plan(layers: Sequence[BCQLinear], choice: Choice, x: Tensor) -> _Plan | None:
+    """By the CUDA kernel that was chosen for all, the layout of all rows made if need be."""
+    siblings: list[Sibling] = []
+    for layer in layers:
+        weight = cast(BCQWeight, layer.weight_record)
+        codes, scales, offsets, zeros, ratios = cpu._tensors_of(weight)
+        shape = (weight.shape[1], weight.group_size, weight.scale_kind)
+        record = BcqRecord(codes, scales, offsets, zeros, ratios, *shape)
+        siblings.append(Sibling(record, layer._parameters["bias"]))
+    made = cuda_siblings.plan(siblings, x, choice.kernel, choice.algorithm, choice.accuracy)
+    if made is None:
+        return APART
+    return _Plan(made, made[0].tail[0]) if made else None
 
 
 def _kind(layer: BCQLinear) -> tuple[Any, ...]:
@@ -244,12 +313,19 @@ def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = FUSED_GROUPS) -> in
     """Compute sibling layers that read the same activations in one kernel call; returns how many groups there are.
 
     groups: each the names of children of one module. A group is made of `BCQLinear` layers of the same K and group size
-    that all have a bias or all have none; codebook weights have codebooks, hence tables, of their own. Names, tensors
-    and results stay what they are, bit for bit. What was fused before is undone first: `fuse(model, ())` only undoes.
-    Copies and pickles of a model are not fused.
+    that all have a bias or all have none; codebook weights have codebooks, hence tables, of their own. Names and
+    tensors stay what they are, and on the CPU results do, bit for bit. What was fused before is undone first:
+    `fuse(model, ())` only undoes. Copies and pickles of a model are not fused.
 
-    Only decoding in eager mode gains: without gradients (`torch.no_grad`, `torch.inference_mode`), on the CPU, where a
-    table algorithm is chosen. Everything else is computed layer by layer.
+    Only eager calls gain: without gradients (`torch.no_grad`, `torch.inference_mode`), where another algorithm than
+    "dequantize" is chosen. Everything else is computed layer by layer.
+
+    With the CUDA kernels (not Triton's) siblings must have equal bits, kinds and dtypes of scales, and ratios, too, and
+    activations must not be made in inference mode. Results are equal up to the last bits there: a kernel splits its
+    sums by the number of rows, which are those of all siblings. Their layout is kept beside those that layers which
+    were called on their own have. Inside the capture of a CUDA graph siblings are fused if a call of that dtype and
+    algorithm came before; do not let a replayed graph overwrite activations between the calls of siblings, which torch
+    does not count as a change.
 
     Raises `ArgumentError` when `groups` is not of that form.
     """
