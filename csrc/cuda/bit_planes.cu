@@ -32,11 +32,11 @@ BitPlanesPlan plan_bit_planes(const BitPlanesProblem& p, const Gpu& gpu) {
   while (p.tiles * plan.splits < gpu.sm_count && p.chunks / (2 * plan.splits) >= kFewestChunks * kWarps) {
     plan.splits *= 2;
   }
-  const int64_t split_chunks = ceil_div(p.chunks, plan.splits);
-  plan.splits = ceil_div(p.chunks, split_chunks);  // no split without chunks
+  plan.split_chunks = ceil_div(p.chunks, plan.splits);
+  plan.splits = ceil_div(p.chunks, plan.split_chunks);  // no split without chunks
 
   for (plan.warps = kWarps;; plan.warps /= 2) {
-    const int64_t bytes = bit_planes_shared(p, plan.token_tiles, plan.warps, plan.units_per_stage, split_chunks).total;
+    const int64_t bytes = bit_planes_shared(p, plan).total;
     plan.shared_bytes = size_t(bytes);
     if (bytes <= gpu.shared_bytes) break;
     if (plan.warps == 1) {
@@ -44,7 +44,8 @@ BitPlanesPlan plan_bit_planes(const BitPlanesProblem& p, const Gpu& gpu) {
                                " bytes of shared memory, and the device has " + std::to_string(gpu.shared_bytes));
     }
   }
-  const bool two = plan.token_tiles < 4 && int64_t(plan.shared_bytes) * 2 <= gpu.shared_bytes;
+  constexpr int64_t kReserved = 1024;  // of a multiprocessor's shared memory, for each block
+  const bool two = plan.token_tiles < 4 && (int64_t(plan.shared_bytes) + kReserved) * 2 <= gpu.shared_bytes + kReserved;
   plan.blocks = std::min(p.tiles, std::max<int64_t>(1, (two ? 2 : 1) * gpu.sm_count / plan.splits));
   return plan;
 }
@@ -62,7 +63,7 @@ void bit_planes(const BitPlanesProblem& p, const Gpu& gpu) {
   if (p.merged) {
     launch_merged_planes(p, plan, partial, shape);
   } else {
-    launch_bit_planes<false>(BitPlanesArguments{p, plan, partial}, shape);
+    launch_bit_planes<false>(p, plan, partial, shape);
   }
   if (partial != nullptr) reduce_splits(p.io, partial, plan.splits, gpu);
 }

@@ -37,11 +37,7 @@
 namespace lutgemm::cuda {
 namespace {
 
-struct BitPlanesArguments {
-  BitPlanesProblem problem;
-  BitPlanesPlan plan;
-  float* partial;  // [splits, M, N], or null for one split
-};
+constexpr int kLoadsOfX = 4;  // of a lane, under way together
 
 // Shared memory of a block, in this order; sizes in bytes.
 struct BitPlanesShared {
@@ -49,19 +45,27 @@ struct BitPlanesShared {
 };
 
 // Per token and chunk: 64 words of hi and lo, its step, its sums of x.
-LUTGEMM_ANYWHERE inline BitPlanesShared bit_planes_shared(const BitPlanesProblem& p, int token_tiles, int warps,
-                                                          int units_per_stage, int64_t split_chunks) {
-  const int64_t tokens = p.io.M < 4 * token_tiles ? p.io.M : 4 * token_tiles;
+inline BitPlanesShared bit_planes_shared(const BitPlanesProblem& p, const BitPlanesPlan& plan) {
+  const int64_t tokens = p.io.M < 4 * plan.token_tiles ? p.io.M : 4 * plan.token_tiles;
   BitPlanesShared s{};
-  s.stage = 4 * p.unit_words() * units_per_stage;
-  s.ring = s.stage * kPlanesStages * warps;
-  s.fragments = split_chunks * tokens * 256;
-  s.steps = round_up(split_chunks * tokens * 4, 16);
-  s.sums = round_up(split_chunks * tokens * p.steps * 4, 16);
-  s.outputs = int64_t(2) * warps * token_tiles * kWarpSize * 8;
+  s.stage = 4 * p.unit_words() * plan.units_per_stage;
+  s.ring = s.stage * kPlanesStages * plan.warps;
+  s.fragments = plan.split_chunks * tokens * 256;
+  s.steps = round_up(plan.split_chunks * tokens * 4, 16);
+  s.sums = round_up(plan.split_chunks * tokens * p.steps * 4, 16);
+  s.outputs = int64_t(2) * plan.warps * plan.token_tiles * kWarpSize * 8;
   s.total = s.ring + s.fragments + s.steps + s.sums + s.outputs;
   return s;
 }
+
+// What can be divided on the host is: a division takes some 100 clocks, and several would go before the first copy.
+struct BitPlanesArguments {
+  BitPlanesProblem problem;
+  BitPlanesPlan plan;
+  float* partial;  // [splits, M, N], or null for one split
+  BitPlanesShared sizes;
+  int unit_words, warp_bits;  // plan.warps is 2^warp_bits
+};
 
 // 1.5 * 2^23 as bits: an int32 sum that starts here is, read as fp32, 12582912 + the sum, exactly, below 2^22. The sums
 // reach 128 * 128 * 127 < 2^21 (planes) and 128 * 255 * 127 < 2^22 (merged). It saves a conversion, which runs at a
@@ -86,38 +90,50 @@ __device__ __forceinline__ float2 row_pair(const uint32_t* scales, bool wide, in
                      __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> 16))));
 }
 
-// x[m, k .. k + 3], zeros past K.
-__device__ __forceinline__ void load_four(const GpuIo& io, int64_t m, int64_t k, float (&v)[4]) {
+// x[m, k .. k + 3] as it is stored, zeros past K; 16-bit types fill x and y. Apart from `as_four`, so that several
+// loads are under way together: each waits for L2, some 250 clocks.
+__device__ __forceinline__ uint4 load_four(const GpuIo& io, int64_t m, int64_t k) {
   const int64_t at = m * io.x_stride + k;
+  const bool wide = io.dtype == DType::kFloat32;
+  uint4 bits = make_uint4(0, 0, 0, 0);
   if (k + 4 <= io.K && io.x_stride % 8 == 0) {
-    if (io.dtype == DType::kFloat32) {
-      const uint4 bits = load16(static_cast<const float*>(io.x) + at);
-      v[0] = __uint_as_float(bits.x), v[1] = __uint_as_float(bits.y);
-      v[2] = __uint_as_float(bits.z), v[3] = __uint_as_float(bits.w);
-      return;
+    if (wide) {
+      bits = load16(static_cast<const float*>(io.x) + at);
+    } else {
+      const uint2 pairs = load8(static_cast<const uint16_t*>(io.x) + at);
+      bits.x = pairs.x, bits.y = pairs.y;
     }
-    const uint2 bits = load8(static_cast<const uint16_t*>(io.x) + at);
-    const uint32_t words[2] = {bits.x, bits.y};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t half = (words[i / 2] >> (16 * (i % 2))) & 0xffffu;
-      v[i] = io.dtype == DType::kBFloat16 ? __uint_as_float(half << 16)
-                                          : __half2float(__ushort_as_half(static_cast<unsigned short>(half)));
-    }
-    return;
+    return bits;
   }
+  uint32_t v[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = k + i < io.K ? load_value(io.x, io.dtype, at + i) : 0.0f;
+  for (int i = 0; i < 4; ++i) {
+    if (k + i < io.K) {
+      v[i] = wide ? static_cast<const uint32_t*>(io.x)[at + i] : static_cast<const uint16_t*>(io.x)[at + i];
+    }
+  }
+  return wide ? make_uint4(v[0], v[1], v[2], v[3]) : make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, 0, 0);
 }
 
-// One chunk of one token by a warp, lane l on columns 4l .. 4l + 3: hi and lo as B fragments, the step, the sums of x.
+__device__ __forceinline__ void as_four(DType dtype, uint4 bits, float (&v)[4]) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t half = (words[i / 2] >> (16 * (i % 2))) & 0xffffu;
+    v[i] = dtype == DType::kFloat32    ? __uint_as_float(words[i])
+           : dtype == DType::kBFloat16 ? __uint_as_float(half << 16)
+                                       : __half2float(__ushort_as_half(static_cast<unsigned short>(half)));
+  }
+}
+
+// One chunk of one token by a warp, v being columns 4l .. 4l + 3 of lane l: hi and lo as B fragments, the step, the
+// sums of x.
 //   fragments, words of 4 k: [h 2][term 2][t 4][q 4], where q = 2 (j % 2) + half and h = j / 2 of p = 2j + half: the
 //   two 16-byte reads of the lanes of a quarter of a warp are then 128 adjacent bytes.
 template <int kSteps>
-__device__ __forceinline__ void prepare_chunk(const GpuIo& io, int64_t m, int64_t k, int lane, uint32_t* fragments,
-                                              float* step, float* sums) {
-  float v[4], most = 0.0f, sum = 0.0f;
-  load_four(io, m, k + 4 * lane, v);
+__device__ __forceinline__ void prepare_chunk(const float (&v)[4], int lane, uint32_t* fragments, float* step,
+                                              float* sums) {
+  float most = 0.0f, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(v[i])), sum += v[i];
 #pragma unroll
@@ -316,14 +332,15 @@ __global__ void __launch_bounds__(256, kBlocksPerSm<kTiles>) bit_planes_kernel(c
   const int warps = arguments.plan.warps, batch = arguments.plan.units_per_stage;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 
-  const int64_t split_chunks = ceil_div(p.chunks, arguments.plan.splits);
+  const int64_t split_chunks = arguments.plan.split_chunks;
   const int64_t first_chunk = blockIdx.y * split_chunks;
   const int chunks = static_cast<int>(first_chunk + split_chunks < p.chunks ? split_chunks : p.chunks - first_chunk);
-  const int own_begin = warp * chunks / warps, own_count = (warp + 1) * chunks / warps - own_begin;
+  const int own_begin = warp * chunks >> arguments.warp_bits;
+  const int own_count = ((warp + 1) * chunks >> arguments.warp_bits) - own_begin;
   const int64_t first_token = static_cast<int64_t>(blockIdx.z) * 4 * kTiles;
   const int tokens = static_cast<int>(p.io.M - first_token < 4 * kTiles ? p.io.M - first_token : 4 * kTiles);
 
-  const BitPlanesShared sizes = bit_planes_shared(p, kTiles, warps, batch, split_chunks);
+  const BitPlanesShared& sizes = arguments.sizes;
   unsigned char* shared = dynamic_shared();
   unsigned char* ring = shared + warp * kPlanesStages * sizes.stage;
   auto* fragments = reinterpret_cast<uint32_t*>(shared + sizes.ring);
@@ -332,7 +349,7 @@ __global__ void __launch_bounds__(256, kBlocksPerSm<kTiles>) bit_planes_kernel(c
   auto* outputs = reinterpret_cast<float*>(shared + sizes.ring + sizes.fragments + sizes.steps + sizes.sums);
 
   // The warp's units of all its tiles, in batches: batch `next` of tile `next_tile` is copied next.
-  const int unit_words = static_cast<int>(p.unit_words());
+  const int unit_words = arguments.unit_words;
   int64_t next_tile = blockIdx.x;
   int next = 0, next_stage = 0;
   const auto copy_batch = [&] {
@@ -352,11 +369,21 @@ __global__ void __launch_bounds__(256, kBlocksPerSm<kTiles>) bit_planes_kernel(c
 
   grid_dependency_wait();
   launch_dependents();
-  for (int chunk = own_begin; chunk < own_begin + own_count; ++chunk) {
-    for (int m = 0; m < tokens; ++m) {
-      const int64_t at = static_cast<int64_t>(chunk) * tokens + m;
-      prepare_chunk<kSteps>(p.io, first_token + m, (first_chunk + chunk) * kPlanesChunk, lane, fragments + at * 64,
-                            steps + at, sums + at * kSteps);
+  const int prepared = own_count * tokens;
+  for (int first = 0; first < prepared; first += kLoadsOfX) {
+    uint4 bits[kLoadsOfX];
+#pragma unroll
+    for (int i = 0; i < kLoadsOfX; ++i) {
+      const int one = min(first + i, prepared - 1), chunk = own_begin + one / tokens;
+      bits[i] = load_four(p.io, first_token + one % tokens, (first_chunk + chunk) * kPlanesChunk + 4 * lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoadsOfX; ++i) {
+      if (first + i >= prepared) break;
+      const int64_t at = static_cast<int64_t>(own_begin) * tokens + first + i;
+      float v[4];
+      as_four(p.io.dtype, bits[i], v);
+      prepare_chunk<kSteps>(v, lane, fragments + at * 64, steps + at, sums + at * kSteps);
     }
   }
   __syncwarp();
@@ -420,7 +447,10 @@ void launch_steps(const BitPlanesArguments& arguments, const LaunchShape& shape)
 }
 
 template <bool kMerged>
-void launch_bit_planes(const BitPlanesArguments& arguments, const LaunchShape& shape) {
+void launch_bit_planes(const BitPlanesProblem& problem, const BitPlanesPlan& plan, float* partial,
+                       const LaunchShape& shape) {
+  BitPlanesArguments arguments{problem, plan, partial, bit_planes_shared(problem, plan), int(problem.unit_words()), 0};
+  while ((1 << arguments.warp_bits) < plan.warps) ++arguments.warp_bits;
   switch (arguments.plan.token_tiles) {
     case 1:
       return launch_steps<kMerged, 1>(arguments, shape);

@@ -27,16 +27,17 @@ struct BitPlanesProblem {
   // Numbers per row and step: a scale for each plane and the offset; merged: s and the zero.
   LUTGEMM_ANYWHERE int slots() const { return merged ? 2 : bits + int(has_offsets); }
   LUTGEMM_ANYWHERE int64_t unit_words() const {
-    return int64_t(64) * bits + int64_t(steps) * slots() * kPlanesTileRows / (wide ? 1 : 2);
+    return int64_t(64) * bits + (int64_t(steps) * slots() * kPlanesTileRows >> (wide ? 0 : 1));
   }
 };
 
 struct BitPlanesPlan {
-  int token_tiles;      // n tiles of an mma, of 4 tokens each: 1, 2 or 4
-  int warps;            // of a block; they share the chunks of a tile
-  int units_per_stage;  // copied together
-  int64_t splits;       // of the chunks over blocks
-  int64_t blocks;       // over the tiles; each takes every blocks-th
+  int token_tiles;       // n tiles of an mma, of 4 tokens each: 1, 2 or 4
+  int warps;             // of a block; they share the chunks of a tile
+  int units_per_stage;   // copied together
+  int64_t splits;        // of the chunks over blocks
+  int64_t split_chunks;  // of every split but the last
+  int64_t blocks;        // over the tiles; each takes every blocks-th
   size_t shared_bytes;
 };
 

@@ -39,6 +39,7 @@ struct Gather {
   const unsigned char* codes;
   const unsigned char* scales;  // [groups][rows], fp32 for kFloat, else fp16
   int chunks;                   // of 32 rows
+  int block_chunks, longer;     // of a block; the first `longer` blocks have one more
   float* partial;
 };
 
@@ -145,9 +146,11 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);  // one value a warp, as the compiler then knows
   const int tile = blockIdx.x, first_unit = tile * kTileUnits, m = blockIdx.z * kTokens;
-  const int group = min((first_unit + lane) / s.units.units_per_group, s.units.groups - 1);
-  const int first_chunk = static_cast<int>(static_cast<int64_t>(blockIdx.y) * gather.chunks / gridDim.y);
-  const int end_chunk = static_cast<int>(static_cast<int64_t>(blockIdx.y + 1) * gather.chunks / gridDim.y);
+  const int group =
+      min(divide(first_unit + lane, s.units.units_per_group, s.units_per_group_inverse), s.units.groups - 1);
+  const int row_block = static_cast<int>(blockIdx.y);
+  const int first_chunk = row_block * gather.block_chunks + min(row_block, gather.longer);
+  const int end_chunk = first_chunk + gather.block_chunks + (row_block < gather.longer ? 1 : 0);
 
   const unsigned char* codes =
       gather.codes + static_cast<int64_t>(tile) * gather.chunks * (kChunkRows * kTileRowBytes) + 16 * lane;
@@ -373,8 +376,12 @@ void codegemm(const CodegemmProblem& p, const Gpu& gpu) {
                               static_cast<size_t>(plan.shared_bytes), gpu.stream, true};
       launch(codegemm_wide_kernel, shape, s, gather);
     } else {
-      const Gather gather{static_cast<const unsigned char*>(p.codes), static_cast<const unsigned char*>(p.scales),
-                          chunks, partial};
+      const Gather gather{static_cast<const unsigned char*>(p.codes),
+                          static_cast<const unsigned char*>(p.scales),
+                          chunks,
+                          chunks / plan.row_blocks,
+                          chunks % plan.row_blocks,
+                          partial};
       switch (plan.word) {
         case PsumWord::kFloat:
           launch_tiles<PsumWord::kFloat>(s, gather, plan, gpu);

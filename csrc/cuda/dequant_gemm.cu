@@ -73,9 +73,25 @@ __global__ void __launch_bounds__(256)
   const int lane = threadIdx.x % kWarpSize;
   grid_dependency_wait();
   launch_dependents();
+  const int64_t fours = there ? ceil_div(io.K, 4) : 0;
+  const auto load_some = [&](int64_t first, uint4(&bits)[kLoadsOfX]) {
+#pragma unroll
+    for (int i = 0; i < kLoadsOfX; ++i) {
+      const int64_t four = first + i * blockDim.x;
+      bits[i] = four < fours ? load_four(io, m, 4 * four) : make_uint4(0, 0, 0, 0);
+    }
+  };
   float most = 0.0f;
-  for (int64_t k = threadIdx.x; there && k < io.K; k += blockDim.x) {
-    most = fmaxf(most, fabsf(load_value(io.x, io.dtype, m * io.x_stride + k)));
+  for (int64_t first = threadIdx.x; first < fours; first += kLoadsOfX * blockDim.x) {
+    uint4 bits[kLoadsOfX];
+    load_some(first, bits);
+#pragma unroll
+    for (int i = 0; i < kLoadsOfX; ++i) {
+      float v[4];
+      as_four(io.dtype, bits[i], v);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(v[e]));
+    }
   }
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
@@ -92,15 +108,22 @@ __global__ void __launch_bounds__(256)
   const float inverse = 1.0f / scale;
   if (threadIdx.x == 0) token_scales[m] = scale;
 
-  for (int64_t four = threadIdx.x; four < chunks * (kPlanesChunk / 4); four += blockDim.x) {
-    float v[4] = {};
-    if (there) load_four(io, m, 4 * four, v);
-    const int64_t chunk = four / 32;
-    const int p = static_cast<int>(four % 32) / 4, t = static_cast<int>(four % 4);
-    const uint32_t first = pair_bits(__floats2half2_rn(v[0] * inverse, v[2] * inverse));
-    const uint32_t second = pair_bits(__floats2half2_rn(v[1] * inverse, v[3] * inverse));
-    const int64_t at = ((chunk * token_tiles + m / 8) * 8 + p) * kWarpSize + (m % 8) * 4 + t;
-    store8(tokens + 2 * at, make_uint2(first, second));
+  const int64_t all_fours = chunks * (kPlanesChunk / 4);
+  for (int64_t first = threadIdx.x; first < all_fours; first += kLoadsOfX * blockDim.x) {
+    uint4 bits[kLoadsOfX];
+    load_some(first, bits);
+#pragma unroll
+    for (int i = 0; i < kLoadsOfX; ++i) {
+      const int64_t four = first + i * blockDim.x, chunk = four / 32;
+      if (four >= all_fours) break;
+      float v[4];
+      as_four(io.dtype, bits[i], v);
+      const int p = static_cast<int>(four % 32) / 4, t = static_cast<int>(four % 4);
+      const uint32_t even = pair_bits(__floats2half2_rn(v[0] * inverse, v[2] * inverse));
+      const uint32_t odd = pair_bits(__floats2half2_rn(v[1] * inverse, v[3] * inverse));
+      const int64_t at = ((chunk * token_tiles + m / 8) * 8 + p) * kWarpSize + (m % 8) * 4 + t;
+      store8(tokens + 2 * at, make_uint2(even, odd));
+    }
   }
 }
 
@@ -178,7 +201,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2) dequant_gemm_kernel(cons
   const int warps = arguments.plan.warps;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
 
-  const int64_t split_chunks = ceil_div(w.chunks, arguments.plan.splits);
+  const int64_t split_chunks = arguments.plan.split_chunks;
   const int64_t first_chunk = blockIdx.y * split_chunks;
   const int chunks = static_cast<int>(first_chunk + split_chunks < w.chunks ? split_chunks : w.chunks - first_chunk);
   const int64_t first_tile = (static_cast<int64_t>(blockIdx.x) * warps + warp) * kGemmRowTiles;
@@ -313,7 +336,8 @@ DequantGemmPlan plan_dequant_gemm(const DequantGemmProblem& problem, const Gpu& 
   // K over as many blocks as fill the device once; each keeps 4 chunks, below which the second kernel costs more.
   const int64_t blocks = plan.row_blocks * plan.token_blocks;
   plan.splits = std::clamp<int64_t>(gpu.sm_count / blocks, 1, std::max<int64_t>(1, w.chunks / 4));
-  plan.splits = ceil_div(w.chunks, ceil_div(w.chunks, plan.splits));
+  plan.split_chunks = ceil_div(w.chunks, plan.splits);
+  plan.splits = ceil_div(w.chunks, plan.split_chunks);
   return plan;
 }
 

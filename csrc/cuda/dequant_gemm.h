@@ -19,6 +19,7 @@ struct DequantGemmPlan {
   int token_tiles;  // n tiles of an mma, of 8 tokens each: 2, 4 or 8
   int warps;
   int64_t row_blocks, splits, token_blocks;
+  int64_t split_chunks;  // of every split but the last
   size_t shared_bytes;
 };
 

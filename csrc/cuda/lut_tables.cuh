@@ -242,7 +242,7 @@ struct ShortTables : LutShape<4, 1> {
   // Warp: two slices and a quarter of the entries, with their complements. Lane: a word.
   static __device__ __forceinline__ void build(const StagedX<Shape>& staged, unsigned char* tables) {
     const int word = threadIdx.x % kWarpSize, pair = threadIdx.x / kWarpSize / 4, quarter = threadIdx.x / kWarpSize % 4;
-    const float inverse = __fdividef(kLargest, staged.largest[word]);
+    const float inverse = kLargest / staged.largest[word];
     float x[2][8];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -5,7 +5,7 @@ namespace lutgemm::cuda {
 
 void launch_merged_planes(const BitPlanesProblem& problem, const BitPlanesPlan& plan, float* partial,
                           const LaunchShape& shape) {
-  launch_bit_planes<true>(BitPlanesArguments{problem, plan, partial}, shape);
+  launch_bit_planes<true>(problem, plan, partial, shape);
 }
 
 }  // namespace lutgemm::cuda

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,14 +194,20 @@ def seconds_of(args: argparse.Namespace) -> float:
     return float(seconds)
 
 
-def run_all(cases: list[OpCase], options: Options) -> list[Record]:
-    """Every record, with a progress bar on stderr; a line now and then where that is no terminal."""
+def run_all(
+    cases: list[OpCase], options: Options, save: Callable[[list[Record]], None] = lambda records: None
+) -> list[Record]:
+    """Every record, with a progress bar on stderr; a line now and then where that is no terminal.
+
+    save: is given all records so far after every group, so that a run that is cut short has lost none.
+    """
     records: list[Record] = []
     groups = run_cases(cases, options)
     interval = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(total=len(cases), unit="case", file=sys.stderr, mininterval=interval, maxinterval=interval) as bar:
         for group, found in groups:
             records += found
+            save(records)
             bar.set_postfix_str(f"M={group[0].M} {group[0].N}x{group[0].K} done", refresh=False)
             bar.update(len(group))
     return records
@@ -247,15 +255,14 @@ def run(args: argparse.Namespace) -> int:
         return run_special(args, json_path)
     cases, options = cases_of(args), options_of(args)
     header = machine.header()
-    records = run_all(cases, options)
+    save = partial(report.write_json, json_path, header) if json_path else None
+    records = run_all(cases, options, *filter(None, [save]))
     if args.json == "-":
         print(report.dumps(header, records))
     else:
         print(report.header_text(header, records), report.table(records), sep="\n\n")
     if args.repro and args.json != "-":
         print("", *(record.repro for record in records), sep="\n")
-    if json_path:
-        report.write_json(json_path, header, records)
     if plot_path:
         save_plot(plot_path, header, records)
     return 0 if all(record.correct for record in records) else 1
