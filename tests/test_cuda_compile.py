@@ -97,7 +97,7 @@ def test_the_library_links_and_registers_its_operators(compiled: Running, tmp_pa
     assert ran.returncode == 0, ran.stderr
     registered, *error = ran.stdout.splitlines()
     bindings = "".join((ROOT / source).read_text("utf-8") for source in part.sources if source.endswith(".cpp"))
-    assert set(registered.split()) == set(re.findall(r'"(_\w+)\(Tensor ', bindings))
+    assert set(registered.split()) == set(re.findall(r'"(_\w+_cuda|_gpu_place)\(', bindings))
     assert not error or "CUDA: cudaDeviceGetAttribute failed" in error[0]
 
 
