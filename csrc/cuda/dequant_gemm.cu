@@ -25,8 +25,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/bit_planes.cuh"
 #include "cuda/dequant_gemm.h"
+#include "cuda/launch.cuh"
+#include "cuda/planes.cuh"
 #include "cuda/reduce.h"
 
 namespace lutgemm::cuda {
