@@ -14,43 +14,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_checks.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "params.h"
 
 namespace lutgemm::bind {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Throws std::runtime_error (RuntimeError in Python) of the joined text unless `ok`.
-template <class... Text>
-inline void check(bool ok, const Text&... text) {
-  if (__builtin_expect(ok, true)) return;
-  std::ostringstream message;
-  ((message << text), ...);
-  throw std::runtime_error(message.str());
-}
-
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ']';
-  return text.str();
-}
-
-inline std::string shape_text(std::initializer_list<int64_t> shape) {
-  std::ostringstream text;
-  const char* separator = "[";
-  for (int64_t size : shape) {
-    text << separator;
-    size < 0 ? text << '*' : text << size;
-    separator = ", ";
-  }
-  return text.str() + "]";
-}
 
 // CPU, dense and contiguous.
 inline void check_memory(const Tensor& t, const char* name) {
@@ -70,39 +40,6 @@ inline void check_tensor(const Tensor& t, const char* name, std::initializer_lis
   if (!fits) check(false, name, ": got shape ", shape_text(t), ", expected ", shape_text(shape));
   check_memory(t, name);
 }
-
-// fp32, fp16 or bf16. Operators take a dtype as ScalarType, and no strings: torch's conversion of a string argument
-// leaks it, and the small blocks that stay behind keep freed weights' memory from being used again.
-inline DType float_dtype(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      check(false, name, ": must be float32, float16 or bfloat16");
-      return DType::kFloat32;
-  }
-}
-
-inline DType float_dtype(const Tensor& t, const char* name) { return float_dtype(t.scalar_type(), name); }
-
-inline ScalarType scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return ScalarType::Half;
-    case DType::kBFloat16:
-      return ScalarType::BFloat16;
-    case DType::kUInt8:
-      return ScalarType::Byte;
-    default:
-      return ScalarType::Float;
-  }
-}
-
-constexpr int64_t kMostDims = 64;  // of a torch tensor
 
 // An uninitialised, contiguous CPU tensor. torch::stable::empty looks the operator up by name, 0.6 us in every call.
 inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, DType dtype) {
@@ -146,21 +83,12 @@ inline void for_ranges(int64_t count, int64_t lookups, const F& f, int64_t range
   parallel_items(ranges, int(threads), [&](int64_t item) { f(item * count / ranges, (item + 1) * count / ranges); });
 }
 
-inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
-  check(low <= value && value <= high, name, "=", value, ": must be from ", low, " to ", high);
-}
-
 // The instruction set asked for by number; refused where this CPU lacks it.
 inline Isa requested_isa(int64_t isa) {
   check_range("isa", isa, int(Isa::kScalar), int(kLastIsa));
   check(isa <= int64_t(cpu_isa()), "isa=", isa, ": this CPU runs at most ", int(cpu_isa()),
         LUTGEMM_ARM64 ? " (0 scalar, 1 neon)" : " (0 scalar, 1 avx2, 2 avx512, 3 avx512vbmi)");
   return Isa(isa);
-}
-
-inline Accuracy requested_accuracy(int64_t accuracy) {
-  check_range("accuracy", accuracy, int(Accuracy::kFast), int(Accuracy::kExact));
-  return Accuracy(accuracy);
 }
 
 // x [..., K], bias [N] of x's dtype or none -> Io with y [..., N], which the caller has to fill.

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_checks.h"
 #include "cuda/problem.h"
 
 #ifdef LUTGEMM_EMULATED
@@ -41,40 +42,14 @@
 
 namespace lutgemm::cuda {
 
+using bind::check;
+using bind::check_range;
+using bind::float_dtype;
+using bind::requested_accuracy;
+using bind::scalar_type;
+using bind::shape_text;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Throws std::runtime_error (RuntimeError in Python) of the joined text unless `ok`.
-template <class... Text>
-inline void check(bool ok, const Text&... text) {
-  if (__builtin_expect(ok, true)) return;
-  std::ostringstream message;
-  ((message << text), ...);
-  throw std::runtime_error(message.str());
-}
-
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ']';
-  return text.str();
-}
-
-inline std::string shape_text(std::initializer_list<int64_t> shape) {
-  std::ostringstream text;
-  const char* separator = "[";
-  for (int64_t size : shape) {
-    text << separator;
-    size < 0 ? text << '*' : text << size;
-    separator = ", ";
-  }
-  return text.str() + "]";
-}
-
-inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
-  check(low <= value && value <= high, name, "=", value, ": must be from ", low, " to ", high);
-}
 
 // The emulator lets the kernels of the current Call touch the memory that was named to it, and none else.
 #ifdef LUTGEMM_EMULATED
@@ -116,42 +91,6 @@ inline void check_tensor(const Tensor& t, const char* name, std::initializer_lis
                          const Tensor& x) {
   check(t.scalar_type() == type, name, ": has another dtype than its kernel's layout");
   check_tensor(t, name, shape, x);
-}
-
-// fp32, fp16 or bf16. Operators take a dtype as ScalarType, and no strings: torch's conversion of a string argument
-// leaks it.
-inline DType float_dtype(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      check(false, name, ": must be float32, float16 or bfloat16");
-      return DType::kFloat32;
-  }
-}
-
-inline DType float_dtype(const Tensor& t, const char* name) { return float_dtype(t.scalar_type(), name); }
-
-inline ScalarType scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return ScalarType::Half;
-    case DType::kBFloat16:
-      return ScalarType::BFloat16;
-    case DType::kUInt8:
-      return ScalarType::Byte;
-    default:
-      return ScalarType::Float;
-  }
-}
-
-inline Accuracy requested_accuracy(int64_t accuracy) {
-  check_range("accuracy", accuracy, int(Accuracy::kFast), int(Accuracy::kExact));
-  return Accuracy(accuracy);
 }
 
 // Uninitialised, on the device of x, from torch's caching allocator: right for CUDA graphs and for the current stream.
