@@ -17,7 +17,7 @@ import torch
 from conftest import REQUIRED
 from emulated_build import ROOT, Control, build, compiler
 
-SOURCES = [ROOT / "tests" / "emulation" / name for name in ("primitives.cu", "faults.cu")]
+SOURCES = [ROOT / "tests" / "emulation" / f"{name}.cu" for name in ("primitives", "faults", "hopper", "hopper_faults")]
 
 
 class Call(ctypes.Structure):
@@ -31,7 +31,6 @@ Memory = tuple[int, int]
 """address and bytes"""
 ONES, ONE = np.ones(64, np.int32), np.ones(1, np.int32)
 NVCC = shutil.which("nvcc") or next((path for path in ["/usr/local/cuda/bin/nvcc"] if Path(path).exists()), None)
-GPU_FLAGS = ("-arch=native",)
 
 
 def call_kernel(run: Callable, kernel: str, y: Memory, *inputs: Memory, **numbers: int) -> str | None:
@@ -49,6 +48,19 @@ def declare(run: Callable) -> Callable:
     return run
 
 
+def on_host(run: Callable, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> np.ndarray:
+    memory = [(array.ctypes.data, array.nbytes) for array in (y, *inputs)]
+    assert call_kernel(run, kernel, *memory, **numbers) is None
+    return y
+
+
+def on_gpu(run: Callable, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> np.ndarray:
+    arrays = [torch.from_numpy(array.reshape(-1).view(np.uint8)).cuda() for array in (y, *inputs)]
+    memory = [(array.data_ptr(), array.numel()) for array in arrays]
+    assert call_kernel(run, kernel, *memory, **numbers) is None
+    return arrays[0].cpu().numpy().view(y.dtype).reshape(y.shape)
+
+
 class Emulator(Control):
     """Runs the test kernels on numpy arrays."""
 
@@ -56,12 +68,16 @@ class Emulator(Control):
         super().__init__(emulated_library())
         self.run_primitive = declare(self.library.run_primitive)
         self.run_fault = declare(self.library.run_fault)
+        self.run_hopper = declare(self.library.run_hopper)
+        self.run_hopper_fault = declare(self.library.run_hopper_fault)
 
     def primitive(self, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> np.ndarray:
-        """y, filled by the kernel."""
-        memory = [(array.ctypes.data, array.nbytes) for array in (y, *inputs)]
-        assert call_kernel(self.run_primitive, kernel, *memory, **numbers) is None
-        return y
+        """y, filled by the kernel of primitives.cu."""
+        return on_host(self.run_primitive, kernel, y, *inputs, **numbers)
+
+    def hopper(self, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> np.ndarray:
+        """y, filled by the kernel of hopper.cu."""
+        return on_host(self.run_hopper, kernel, y, *inputs, **numbers)
 
     def fault(
         self, kernel: str, n: int = 0, a: np.ndarray = ONES, y: np.ndarray | None = None, **numbers: int
@@ -73,16 +89,15 @@ class Emulator(Control):
 
 
 class Gpu:
-    """Runs the kernels of primitives.cu on the GPU, as nvcc compiles them for it."""
-
-    def __init__(self) -> None:
-        self.run_primitive = declare(ctypes.CDLL(str(gpu_library())).run_primitive)
+    """Runs the kernels of primitives.cu and hopper.cu on the GPU, as nvcc compiles them for it."""
 
     def primitive(self, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> np.ndarray:
-        arrays = [torch.from_numpy(array.reshape(-1).view(np.uint8)).cuda() for array in (y, *inputs)]
-        memory = [(array.data_ptr(), array.numel()) for array in arrays]
-        assert call_kernel(self.run_primitive, kernel, *memory, **numbers) is None
-        return arrays[0].cpu().numpy().view(y.dtype).reshape(y.shape)
+        library = gpu_library("primitives", "-arch=native")
+        return on_gpu(declare(library.run_primitive), kernel, y, *inputs, **numbers)
+
+    def hopper(self, kernel: str, y: np.ndarray, *inputs: np.ndarray, **numbers: int) -> np.ndarray:
+        library = gpu_library("hopper", "-gencode=arch=compute_90a,code=sm_90a")
+        return on_gpu(declare(library.run_hopper), kernel, y, *inputs, **numbers)
 
 
 @cache
@@ -92,12 +107,13 @@ def emulated_library() -> Path:
 
 
 @cache
-def gpu_library() -> Path:
+def gpu_library(source: str, target: str) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="lutgemm-primitives-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    command = [str(NVCC), "-std=c++17", "-O3", *GPU_FLAGS, f"-I{ROOT / 'csrc'}", "-shared", "-Xcompiler", "-fPIC"]
-    subprocess.run([*command, "-o", str(folder / "primitives.so"), str(SOURCES[0])], check=True)
-    return folder / "primitives.so"
+    command = [str(NVCC), "-std=c++17", "-O3", target, f"-I{ROOT / 'csrc'}", "-shared", "-Xcompiler", "-fPIC"]
+    file = ROOT / "tests" / "emulation" / f"{source}.cu"
+    subprocess.run([*command, "-o", str(folder / "kernels.so"), str(file)], check=True)
+    return ctypes.CDLL(str(folder / "kernels.so"))
 
 
 def emulator_or_skip() -> Emulator:

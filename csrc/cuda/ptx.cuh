@@ -1,4 +1,6 @@
-// The only place with inline PTX. Every wrapper has a real body (nvcc) and an emulated one (csrc/emulation/ptx.h).
+// The only place with inline PTX, together with ptx_hopper.cuh, which it includes: barriers in shared memory, bulk
+// copies and warpgroup products of sm_90a. Every wrapper has a real body (nvcc) and an emulated one
+// (csrc/emulation/ptx.h).
 //
 //   uint4 load_stream16(p), uint2 load_stream8(p), uint32_t load_stream4(p)
 //       Global memory that is read once in this kernel and written by nobody while it runs: past L1, first to leave L2.
@@ -210,3 +212,5 @@ LUTGEMM_PTX void launch_dependents() {
 #endif
 
 }  // namespace lutgemm
+
+#include "cuda/ptx_hopper.cuh"

@@ -166,8 +166,10 @@ void start_thread(unsigned thread) {
 
 // Why no thread can run: the threads of each kind of waiting, one example each.
 std::string deadlock() {
-  std::string text = "divergence: no thread can go on";
-  for (unsigned Warp::* set : {&Warp::at_barrier, &Warp::in_collective, &Warp::done}) {
+  bool at_mbarrier = false;
+  for (unsigned w = 0; w < block.warp_count; ++w) at_mbarrier = at_mbarrier || block.warps[w].at_mbarrier;
+  std::string text = at_mbarrier ? "deadlock: no thread can go on" : "divergence: no thread can go on";
+  for (unsigned Warp::* set : {&Warp::at_barrier, &Warp::at_mbarrier, &Warp::in_collective, &Warp::done}) {
     unsigned count = 0, example = 0;
     for (unsigned t = 0; t < block.thread_count; ++t) {
       if (!(block.warps[t / kLanes].*set >> t % kLanes & 1u)) continue;
@@ -186,6 +188,7 @@ std::string deadlock() {
         snprintf(mask, sizeof(mask), "%08x", thread.mask);
         text += std::string(" for lanes ") + mask;
       }
+      if (set == &Warp::at_mbarrier) text += describe_waits(example);
     }
   }
   return text;
@@ -197,12 +200,14 @@ void run_block() {
     const unsigned lanes = std::min(kLanes, block.thread_count - w * kLanes);
     Warp& warp = block.warps[w];
     warp.lanes = warp.ready = lanes == kLanes ? ~0u : (1u << lanes) - 1;
-    warp.in_collective = warp.at_barrier = warp.done = warp.order = 0;
+    warp.in_collective = warp.at_barrier = warp.at_mbarrier = warp.done = warp.order = 0;
   }
   for (unsigned t = 0; t < block.thread_count; ++t) start_thread(t);
   block.at_barrier = 0;
   block.barrier_votes = 0;
   memory_begin_block();
+  mbarrier_begin_block();
+  wgmma_begin_block();
   // A shuffled order starts with another warp, which shows results that depend on who comes first.
   const unsigned seed = options().seed;
   block.current = seed ? (seed * 2654435761u + block.index.x * 40503u) % warps * kLanes : 0;
@@ -218,6 +223,8 @@ void run_block() {
       return;
     }
   }
+  failure = mbarrier_end_block();
+  if (failure.empty()) failure = wgmma_end_block();
 }
 
 std::string where_failed() {

@@ -39,9 +39,9 @@ struct Thread {
   bool waited_for_launch;  // has called grid_dependency_wait()
 };
 
-// Sets of lanes as bits. A lane is ready, in a collective, at a barrier of the block, or done.
+// Sets of lanes as bits. A lane is ready, in a collective, at a barrier of the block or in shared memory, or done.
 struct Warp {
-  unsigned lanes, ready, in_collective, at_barrier, done;
+  unsigned lanes, ready, in_collective, at_barrier, at_mbarrier, done;
   uint32_t order;  // how many collectives that order memory these lanes have passed in this barrier interval
   Slot slots[kLanes];
 };
@@ -78,6 +78,14 @@ extern unsigned char* stacks;
 inline bool on_stack(uintptr_t address) {
   return address - reinterpret_cast<uintptr_t>(stacks) < kStackStride * kMostThreads;
 }
+
+// mbarrier.cpp, wgmma.cpp. At the end of a block: an error, or "".
+void mbarrier_begin_block();
+std::string mbarrier_end_block();
+std::string describe_waits(unsigned thread);  // what a thread in mbarrier_wait waits for
+void wgmma_begin_block();
+std::string wgmma_end_block();
+void need_hopper(const char* name);  // fails on a device without what ptx_hopper.cuh has
 
 // Blocks until every lane of `mask` has called it with the same name, mask and site; the last one runs `combine`.
 void collective(Combine combine, const char* name, unsigned mask, uint32_t argument, Site site);

@@ -36,6 +36,7 @@ constexpr size_t kArenaBytes = 256 * 1024;  // all shared memory lies in the are
 extern unsigned char arena[kArenaBytes];
 inline bool in_shared(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(arena) < kArenaBytes; }
 void shared_access(const Access& access);
+std::string describe_shared(size_t offset);
 
 // global_memory.cpp
 void global_begin_launch(const void* parameters, size_t parameter_bytes);

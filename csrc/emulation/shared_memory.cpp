@@ -5,7 +5,8 @@
 //     interval (11 bits) | order (10 bits) | who (11 bits)
 // interval counts barriers of the block, over blocks and launches; order counts __syncwarp of the warp within the
 // interval; who is a thread of the block or one of the values below. Two accesses in one interval by different threads,
-// one of them a write, are a race, unless both are of one warp and differ in order.
+// one of them a write, are a race, unless both are of one warp and differ in order. From the first barrier in shared
+// memory of a block on, its cells are those of clocks.h.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -13,11 +14,14 @@
 #include <vector>
 
 #include "emulation/block.h"
+#include "emulation/clocks.h"
 #include "emulation/memory.h"
+#include "emulation/shadow.h"
 
 namespace emulation {
 
 alignas(4096) unsigned char arena[kArenaBytes];
+alignas(64) uint32_t writers[kArenaBytes], readers[kArenaBytes];
 
 namespace {
 
@@ -26,15 +30,11 @@ constexpr uint32_t kWhoMask = (1u << kWhoBits) - 1, kOrderMask = (1u << kOrderBi
 constexpr uint32_t kLanesOfWarp = 1024;                         // + warp: several lanes of that warp (readers)
 constexpr uint32_t kAtomic = 2046;                              // atomic operations, of any threads (writers)
 constexpr uint32_t kSeveralWarps = 2047;                        // threads of several warps (readers)
-constexpr uint32_t kOutside = ~0u;                              // instead of a writer: the byte belongs to no array
-constexpr uint32_t kInFlight = ~0u - 1;                         // instead of a writer: a cp.async has not arrived
-constexpr uint32_t kMostIntervals = (1u << kIntervalBits) - 2;  // no stamp equals the two values above
+constexpr uint32_t kMostIntervals = (1u << kIntervalBits) - 2;  // no stamp is a special cell
 
 constexpr size_t kGapBytes = 128;
 constexpr size_t kStaticLimit = 48 * 1024;
 constexpr int kPoison = 0xff;  // NaN in every float type
-
-alignas(64) uint32_t writers[kArenaBytes], readers[kArenaBytes];
 
 struct SharedArray {
   size_t begin, bytes;
@@ -56,8 +56,8 @@ uint32_t stamp_of(uint32_t at, uint32_t order, uint32_t who) {
 // Stamps start anew; which bytes were written since the block began stays known.
 void renew_stamps() {
   const uint32_t written = stamp_of(1, 0, 0);
-  for (size_t i = 0; i < kArenaBytes; ++i) {
-    if (writers[i] < kInFlight) writers[i] = writers[i] >= block_start ? written : 0;
+  for (size_t i = tracking ? arena_used : 0; i < kArenaBytes; ++i) {
+    if (!is_special(writers[i])) writers[i] = writers[i] >= block_start ? written : 0;
     readers[i] = 0;
   }
   block_start = written;
@@ -75,6 +75,7 @@ size_t add_array(const void* key, size_t bytes, const char* name) {
   arrays.push_back({begin, bytes, key, name});
   std::memset(arena + begin, kPoison, bytes);
   std::fill(writers + begin, writers + begin + bytes, 0u);
+  if (tracking) std::fill(readers + begin, readers + begin + bytes, 0u);  // else they are old stamps
   arena_used = (begin + bytes + kGapBytes + 127) / 128 * 128;
   return begin;
 }
@@ -109,14 +110,8 @@ bool unordered(uint32_t cell) {
 }
 
 void check_writer(uint32_t cell, size_t byte, const Access& access) {
-  if (cell == kOutside) fail_access("out of bounds", access, describe(byte));
-  if (cell == kInFlight) {
-    fail_access("cp.async not waited for", access, describe(byte) + " is still to be copied");
-  }
-  if (cell < block_start && (!access.write || access.atomic)) {
-    fail_access("uninitialised", access,
-                describe(byte) + " was not written by this block, or only by a thread that no barrier orders before");
-  }
+  check_special(cell, byte, access);
+  if (cell < block_start && (!access.write || access.atomic)) fail_uninitialised(byte, access);
   if (access.atomic && (cell & kWhoMask) == kAtomic) return;
   if (options().races && cell >= interval_start && unordered(cell)) {
     fail_access("race", access, describe(byte) + " was written by " + describe_who(cell) + ", no barrier between");
@@ -199,6 +194,7 @@ void shared_begin_launch(size_t bytes) {
 }
 
 void shared_begin_block() {
+  clocks_end_block();
   std::fill(writers, writers + arena_used, kOutside);
   arrays.clear();
   arena_used = static_bytes = 0;
@@ -212,11 +208,19 @@ void shared_switch() {
   own_stamp = stamp_of(interval, current_warp().order & kOrderMask, block.current);
   own_lanes_stamp = (own_stamp & ~kWhoMask) | (kLanesOfWarp + block.current / kLanes);
   several_stamp = interval_start | kSeveralWarps;
+  if (tracking) own_stamp = current_stamp();
 }
 
-void shared_interval() { next_interval(); }
+void shared_interval() {
+  order_block();
+  next_interval();
+}
 
 void shared_access(const Access& access) {
+  if (tracking) {
+    tracked_access(access);
+    return;
+  }
   const size_t begin = offset_of(reinterpret_cast<const void*>(access.address)), end = begin + access.bytes;
   if (end > kArenaBytes) fail_access("out of bounds", access, describe(begin));
   size_t i = begin;
@@ -224,6 +228,34 @@ void shared_access(const Access& access) {
     while (i < end && (access.write ? write_four(i) : read_four(i))) i += 4;
   }
   for (; i < end; ++i) access.write ? write_byte(i, access) : read_byte(i, access);
+}
+
+std::string describe_shared(size_t offset) { return describe(offset); }
+size_t arena_in_use() { return arena_used; }
+
+void check_special(uint32_t cell, size_t byte, const Access& access) {
+  if (cell == kOutside) fail_access("out of bounds", access, describe(byte));
+  if (cell == kInFlight) fail_access("cp.async not waited for", access, describe(byte) + " is still to be copied");
+  if (cell == kBarrier) fail_access("mbarrier", access, describe(byte) + " is part of a barrier");
+}
+
+void fail_uninitialised(size_t byte, const Access& access) {
+  fail_access("uninitialised", access,
+              describe(byte) + " was not written by this block, or only by a thread that no barrier orders before");
+}
+
+OldStamp old_stamp(uint32_t cell) {
+  const uint32_t who = cell & kWhoMask;
+  OldStamp old{cell >= block_start, cell >= interval_start, who == kAtomic, who, 1};
+  if (who == kAtomic) old.first_thread = 0;
+  if (who == kSeveralWarps) {
+    old.first_thread = 0;
+    old.threads = block.thread_count;
+  } else if (who >= kLanesOfWarp && who != kAtomic) {
+    old.first_thread = (who - kLanesOfWarp) * kLanes;
+    old.threads = std::min(kLanes, block.thread_count - old.first_thread);
+  }
+  return old;
 }
 
 unsigned char* dynamic_shared() { return arena; }

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "emulation/block.h"
+#include "emulation/clocks.h"
 #include "emulation/float16.h"
 #include "emulation/memory.h"
 #include "emulation/sites.h"
@@ -23,7 +24,10 @@ void for_lanes(unsigned mask, Function function) {
 }
 
 // Orders the memory accesses of these lanes before it with those after it.
-void combine_sync(Slot*, unsigned, uint32_t) { ++current_warp().order; }
+void combine_sync(Slot*, unsigned mask, uint32_t) {
+  ++current_warp().order;
+  order_lanes(mask);
+}
 
 // in: source lane, value (2 words).
 void combine_shuffle(Slot* lanes, unsigned mask, uint32_t) {
