@@ -15,7 +15,7 @@ DEMO ?=
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml MANIFEST.in \
-  $(shell find lutgemm bench kernels csrc -name '*.py' -o -name '*.md' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+  $(shell find lutgemm bench kernels csrc build_tools -name '*.py' -o -name '*.md' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test demo lint build clean
 .DELETE_ON_ERROR:

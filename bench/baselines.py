@@ -202,6 +202,7 @@ BASELINES: dict[str, Baseline] = {
     ),
     "bnb_nf4": Baseline("bitsandbytes NF4", peers.bitsandbytes_layer, _floating(BF16 / 2)),
     "bnb_nf4_cuda": Baseline("bitsandbytes NF4, CUDA", peers_cuda.nf4_layer, _floating(2.0**-11)),
+    "torchao_int4": Baseline("torchao int4", peers_cuda.torchao_layer, _floating(BF16 / 2)),
     **{
         f"gemlite_{bits}bit": Baseline(
             f"gemlite {bits}-bit", partial(peers_cuda.gemlite_layer, bits=bits), _floating(2.0**-11)
@@ -224,10 +225,14 @@ BASELINES: dict[str, Baseline] = {
 """Every baseline by name, in the order of tables."""
 
 DEFAULT_BASELINES = ("torch_fp32", "torch_bf16")
-ON_CUDA_ONLY = tuple(name for name in BASELINES if name.startswith(("textbook", "gemlite", "humming", "bnb_nf4_cuda")))
+ON_CUDA_ONLY = tuple(
+    name for name in BASELINES if name.startswith(("textbook", "gemlite", "humming", "torchao", "bnb_nf4_cuda"))
+)
+GPU_BASELINES = ("torch_fp16", "torch_bf16", "torch_int4", *ON_CUDA_ONLY)
 SUITE_BASELINES = {
     "cpu": tuple(name for name in BASELINES if name not in ("torch_fp16", *ON_CUDA_ONLY)),
-    "gpu": ("torch_fp16", "torch_bf16", "torch_int4", *ON_CUDA_ONLY),
+    "gpu": GPU_BASELINES,
+    "gpu-all": GPU_BASELINES,
 }
 """Suite -> what stands beside it: all that run there. torch's fp16 is a slow fallback on CPUs."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lutgemm.accuracy import DEFAULT
+from lutgemm.errors import BackendError
 from lutgemm.formats import QuantizedWeight
 from lutgemm.ops import linear
 from lutgemm.testing.cases import OpCase
@@ -29,6 +30,7 @@ from lutgemm.testing.timing import (
     torch_threads,
 )
 
+from .layer import failures
 from .shapes import BCQ, CODEBOOK, Shape
 
 BLOCKS: dict[str, tuple[Shape, ...]] = {
@@ -55,12 +57,14 @@ class BlockRecord:
     dtype: str
     nbytes: int
     """of all its weights, as stored"""
-    error: float
-    """relative L2 error against fp64, the greatest of its layers"""
+    error: float | None
+    """relative L2 error against fp64, the greatest of its layers; None where a call raised an error"""
     correct: bool
     timing: Timing | None
     speedup: float | None
     """time of torch's layers of that dtype over this one"""
+    message: str = ""
+    """the error that a call raised"""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,7 +94,8 @@ def measure(
     x = [torch.randn(1, k, generator=generator).to(device, dtype) for _, k in shapes]
     calls: dict[str, list[Call]] = {}
     sizes: dict[str, int] = {}
-    errors: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
+    messages: dict[str, str] = {}
 
     dense = [(torch.randn(n, k, generator=generator) / k**0.5).to(device, dtype) for n, k in shapes]
     sizes["torch"], errors["torch"] = sum(weight.nbytes for weight in dense), 0.0
@@ -104,9 +109,14 @@ def measure(
             weights = [case.weight().to(device) for case in cases]
             truths = [exact_result(*pair) for pair in zip(x, weights, strict=True)]
             sizes[name] = sum(weight.nbytes for weight in weights)
-            found = [relative_error(linear(a, w), t) for a, w, t in zip(x, weights, truths, strict=True)]
-            errors[name] = max(found)
-            if errors[name] <= _bound(dtype):
+            worst = None
+            try:
+                with failures(name):
+                    worst = max(relative_error(linear(a, w), t) for a, w, t in zip(x, weights, truths, strict=True))
+            except BackendError as error:
+                messages[name] = str(error)
+            errors[name] = worst
+            if worst is not None and worst <= _bound(dtype):
                 held = [weights] + [
                     [_clone(weight) for weight in weights]
                     for _ in range(cold_copies(sizes[name], cold_bytes(device)) - 1)
@@ -127,6 +137,7 @@ def measure(
             correct=name in timings,
             timing=timings.get(name),
             speedup=base_us / timings[name].median_us if name in timings else None,
+            message=messages.get(name, ""),
         )
         for name, size in sizes.items()
     ]
@@ -144,8 +155,7 @@ def table(records: Sequence[BlockRecord]) -> str:
             f"{r.timing.median_us:8.1f} {r.timing.p10_us:8.1f}-{r.timing.p90_us:<8.1f}" if r.timing else f"{'-':>26}"
         )
         faster = f"{r.speedup:7.2f}" if r.speedup else f"{'-':>7}"
-        lines.append(
-            f"{r.model:<13} {r.weights:<15} {r.dtype:<8} {r.nbytes / 1e6:6.1f} {times} {faster}  {r.error:.1e}  "
-            f"{'yes' if r.correct else 'WRONG'}"
-        )
+        error = f"{'-':<7}" if r.error is None else f"{r.error:.1e}"
+        line = f"{r.model:<13} {r.weights:<15} {r.dtype:<8} {r.nbytes / 1e6:6.1f} {times} {faster}  {error}  "
+        lines.append(f"{line}{'yes' if r.correct else 'WRONG'} {r.message}".rstrip())
     return "\n".join(lines)

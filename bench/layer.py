@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lutgemm.errors import BackendError
+from lutgemm.errors import BackendError, LutgemmError
 from lutgemm.testing.timing import cold_bytes, cold_copies
 
 GROUPS = (128, 64, 32)
@@ -22,6 +24,26 @@ def usual_group(name: str, in_features: int) -> int:
     if group is None:
         raise BackendError(f"{name} takes K a multiple of one of {list(GROUPS)} here, got K={in_features}")
     return group
+
+
+@contextmanager
+def failures(name: str) -> Iterator[None]:
+    """Turns any error of what is measured into a `BackendError` that names it: other packages, compilers of kernels and
+    drivers raise all kinds, and one that fails must not end a run of hundreds.
+    """
+    try:
+        yield
+    except LutgemmError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise BackendError(f"{name} failed: {type(error).__name__}: {reason[:300]}") from error
+
+
+@lru_cache(maxsize=1)
+def _weight(n: int, k: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, k, generator=generator).div_(k**0.5).bfloat16().float()
 
 
 @dataclass(frozen=True)
@@ -39,9 +61,8 @@ class Request:
         return cold_copies(nbytes, cold_bytes(self.device)) if self.cold else 1
 
     def weight(self) -> Tensor:
-        """fp32 `[N, K]`, normal, the same for the same shape, and exact in bf16."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(self.N, self.K, generator=generator).div_(self.K**0.5).bfloat16().float()
+        """fp32 `[N, K]`, normal, the same for the same shape, and exact in bf16. Not to be written to."""
+        return _weight(self.N, self.K)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def module(package: str, extra: str = "bench-peers") -> Any:
     logging.disable(logging.WARNING)  # bitsandbytes warns of an optional kernel when it is imported
     try:
         return importlib.import_module(package)
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError, AttributeError) as error:  # torch without CUDA asserts
         reason = " ".join(str(error).split())
         raise BackendError(f"{package} cannot be imported ({reason}); pip install 'lutgemm[{extra}]'") from None
     finally:

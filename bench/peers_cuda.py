@@ -1,11 +1,14 @@
-"""Baselines of other packages on CUDA devices, of the extra `bench-peers-cuda`: gemlite, humming, bitsandbytes' NF4.
+"""Baselines of other packages on CUDA devices, of the extra `bench-peers-cuda`.
 
-Written from the sources of gemlite 0.6.0.post2 and humming-kernels 0.1.19; has not run on a GPU yet. What is wrong
-here shows: each result is checked against fp64 before it is timed.
+Has not run on a GPU yet. On a CPU, the layers of bitsandbytes 0.50.2 gave the right results as they are here, those of
+gemlite 0.6.0.post2 in Triton's interpreter, and those of torchao 0.18.0 with stand-ins for torch's two int4 operators,
+which CPUs lack; of humming-kernels 0.1.19 a layer was made, filled and read back, without its kernels. Each result is
+checked against fp64 before it is timed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,8 +22,8 @@ from .layer import Layer, Request, usual_group
 from .peers import module
 
 EXTRA = "bench-peers-cuda"
-MOST_ROUNDED = {1: 1.5, 2: 0.7, 3: 0.35, 4: 0.17}
-"""Bits -> the most relative L2 error that humming's own rounding of a normal weight to that many bits can have."""
+TORCHAO_COLUMNS = 1024
+"""torchao pads K to a multiple of this for torch's int4 kernel."""
 
 
 def _on_cuda(request: Request, name: str) -> None:
@@ -38,8 +41,8 @@ def _bind_all(layers: Sequence[Callable[[Tensor], Tensor]], dtype: torch.dtype) 
 
 def gemlite_layer(request: Request, bits: int) -> Layer:
     """Integers of 1, 2, 4 bits with a scale and a zero per group, fp16 activations; W = (integer - zero) * scale."""
-    gemlite = module("gemlite", EXTRA)
     _on_cuda(request, "gemlite")
+    gemlite = module("gemlite", EXTRA)
     n, k = request.N, request.K
     group = usual_group("gemlite", k)
     generator = torch.Generator().manual_seed(0)
@@ -70,40 +73,62 @@ def gemlite_layer(request: Request, bits: int) -> Layer:
 
 def humming_layer(request: Request, bits: int) -> Layer:
     """Unsigned integers of 1 to 4 bits with a scale per group, fp16 activations, rounded by humming itself."""
-    layers = module("humming.layer", EXTRA)
     _on_cuda(request, "humming")
+    layers = module("humming.layer", EXTRA)
     n, k = request.N, request.K
     group = usual_group("humming", k)
     weight = request.weight().to(request.device, torch.float16)
+    rounded: list[Tensor] = []
 
     def made() -> Any:
-        layer = layers.HummingLayer(n, k, {"dtype": f"uint{bits}", "group_size": group}, torch_dtype=torch.float16).to(
-            request.device
-        )
+        config = {"dtype": f"uint{bits}", "group_size": group}
+        layer = layers.HummingLayer(n, k, config, torch_dtype=torch.float16).to(request.device)
         layer.load_from_unquantized(weight)
+        if not rounded:  # by humming's own function, before its weight takes the layout of its kernels
+            rounded.append(layer.weight_schema.dequant_tensors(layer.state_dict()).cpu())
         layer.transform()
         return layer
 
     nbytes = n * k * bits // 8 + 2 * n * (k // group)
-    copies = [made() for _ in range(request.copies(nbytes))]
+    calls = _bind_all([made() for _ in range(request.copies(nbytes))], torch.float16)
+    return Layer(lambda: rounded[0].float(), nbytes, calls)
 
-    def dense() -> Tensor:
-        """What it multiplies by, read off with unit vectors: exact in fp16. It has to be near the weight given."""
-        found = torch.cat(
-            [copies[0](rows) for rows in torch.eye(k, dtype=torch.float16, device=weight.device).split(512)]
-        )
-        error = float((found.T.float() - weight.float()).norm() / weight.float().norm())
-        if not error <= MOST_ROUNDED[bits]:
-            raise BackendError(f"humming {bits}-bit: its weight differs from the one given by {error:.2f}")
-        return found.T.float()
 
-    return Layer(dense, nbytes, _bind_all(copies, torch.float16))
+def torchao_layer(request: Request) -> Layer:
+    """int4 as `torchao.quantization.quantize_` makes it for CUDA devices (tiles for tinygemm), bf16 activations.
+
+    The weight is one that its rounding keeps: integers -8..7, both in every group, times a power of two.
+    """
+    _on_cuda(request, "torchao")
+    quantization = module("torchao.quantization", EXTRA)
+    n, k = request.N, request.K
+    group = usual_group("torchao", k)
+    if n % 16 or k % TORCHAO_COLUMNS:
+        raise BackendError(f"torchao takes N a multiple of 16 and K of {TORCHAO_COLUMNS} here, got N={n}, K={k}")
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-8, 8, (n, k // group, group), dtype=torch.int8, generator=generator)
+    integers[..., 0], integers[..., 1] = -8, 7
+    step = 2.0 ** -round(math.log2(8 * k**0.5))
+    weight = integers.view(n, k).to(request.device, torch.bfloat16) * step
+    config = quantization.Int4WeightOnlyConfig(
+        group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+    )
+
+    def made() -> Any:
+        layer = torch.nn.Linear(k, n, bias=False, device=request.device, dtype=torch.bfloat16).requires_grad_(False)
+        layer.weight.copy_(weight)
+        quantization.quantize_(layer, config)
+        return layer
+
+    nbytes = n * k // 2 + 4 * n * (k // group)
+    calls = _bind_all([made() for _ in range(request.copies(nbytes))], torch.bfloat16)
+    return Layer(lambda: integers.view(n, k).float() * step, nbytes, calls)
 
 
 def nf4_layer(request: Request) -> Layer:
     """bitsandbytes' NF4 in blocks of 64 with fp16 activations."""
-    bnb = module("bitsandbytes", EXTRA)
     _on_cuda(request, "bitsandbytes NF4")
+    bnb = module("bitsandbytes", EXTRA)
     if request.K % 64:
         raise BackendError(f"bitsandbytes NF4 takes K a multiple of 64 here, got K={request.K}")
     weight = request.weight().to(request.device, torch.float16)

@@ -1,7 +1,8 @@
 """Markdown tables of a page out of committed runs: `python -m lutgemm.bench.readme PAGE bench/results`.
 
 A table lies between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the stem of the JSON file of a run of
-`lutgemm bench` or `lutgemm demo`. Of a bench run that is a choice of its rows (`is_headline`); `NAME all` has all.
+`lutgemm bench` or `lutgemm demo`. Of a bench run that is a choice of its rows (`is_headline`); `NAME all` has all, and
+`NAME goals` the figures asked of GPUs and found, in that run and those whose names go on after a dash.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from lutgemm.accuracy import DEFAULT
 from lutgemm.demo.table import render_markdown
 
 from .baselines import BASELINES
+from .goals import goals, gpu_of, load, markdown
 
 SHORT = {"torch_fp32": "fp32", "torch_bf16": "bf16"}
 """Baselines that a table calls by less than their label: torch's own matmul."""
-MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+)(?P<all> all)? -->\n).*?(?P<end><!-- end -->)", re.S)
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+)(?P<form> all| goals)? -->\n).*?(?P<end><!-- end -->)", re.S)
 
 USUAL_GROUP = 128
 """Group size that a table leaves out."""
@@ -114,8 +116,13 @@ def update(text: str, results: Path) -> str:
     """`text` with every marked table made anew from `results/<name>.json`."""
 
     def table(match: re.Match[str]) -> str:
+        if match["form"] == " goals":
+            files = [results / f"{match['name']}.json", *sorted(results.glob(f"{match['name']}-*.json"))]
+            runs = load(files)
+            gpu = gpu_of(runs)
+            return f"{match[1]}{markdown(goals(runs, gpu))}{f' on {gpu}' * bool(gpu)}\n{match['end']}"
         run = json.loads((results / f"{match['name']}.json").read_text("utf-8"))
-        rows = kernel_table(run, match["all"] is not None) if "records" in run else demo_table(run)
+        rows = kernel_table(run, match["form"] is not None) if "records" in run else demo_table(run)
         return f"{match[1]}{rows}\n{match['end']}"
 
     return MARKED.sub(table, text)

@@ -106,8 +106,8 @@ class Record:
     bits_per_weight: float
     bytes_moved: int
     """The stored weight once, x and y once."""
-    error: float
-    """Relative L2 error against fp64."""
+    error: float | None
+    """Relative L2 error against fp64; None where the call raised an error."""
     correct: bool
     message: str = ""
     timing: Timing | None = None
@@ -115,6 +115,8 @@ class Record:
     """with as many threads"""
     baselines: tuple[BaselineRecord, ...] = field(default=(), repr=False)
     """Those timed in turns with this line; shared by all lines of the group."""
+    auto: bool = False
+    """Whether this is the algorithm that the backend takes by itself."""
 
     @property
     def bandwidth_percent(self) -> float | None:
@@ -166,6 +168,7 @@ class Record:
         return {
             "op": c.op,
             "algorithm": self.algorithm,
+            "auto": self.auto,
             "accuracy": c.accuracy,
             "backend": self.backend,
             "isa": self.isa or None,

@@ -10,6 +10,7 @@ from typing import Any
 from lutgemm.checkpoint.atomic import write_file
 
 from .baselines import BASELINES
+from .goals import goals, text
 from .records import Bandwidth, BaselineRecord, Record
 from .runner import baselines_of
 
@@ -104,7 +105,7 @@ def _row(record: Record) -> tuple[str, ...]:
         *_cells(record),
         number(record.speedup("torch_fp32"), ".1f"),
         number(record.speedup("torch_bf16"), ".1f"),
-        f"{record.error:.1e}",
+        number(record.error, ".1e"),
         "yes" if record.correct else "WRONG",
     )
 
@@ -115,8 +116,10 @@ def _baseline_row(b: BaselineRecord) -> tuple[str, ...]:
     return (shape, b.name, "", BASELINES[b.name].label.split()[0], *_cells(b), "", "", number(b.error, ".1e"), good)
 
 
-def table(records: Sequence[Record]) -> str:
-    """A plain-text table: the records, and after those that were timed together the baselines that ran beside them."""
+def table(records: Sequence[Record], header: dict[str, Any] | None = None) -> str:
+    """A plain-text table: the records, and after those that were timed together the baselines that ran beside them;
+    last, of what was measured on a GPU, the figures asked for and found. header: whose GPU they are asked of.
+    """
     groups: dict[tuple[int, ...], list[Record]] = {}
     for r in records:
         groups.setdefault(tuple(map(id, r.baselines)) or (id(r),), []).append(r)
@@ -131,7 +134,14 @@ def table(records: Sequence[Record]) -> str:
             notes.append(f"absent: {b.name}: {b.absent}")
         elif not b.correct:
             notes.append(f"WRONG {b.name} M={b.M} {b.N}x{b.K}: {b.message}")
-    return "\n".join([*lines, *dict.fromkeys(notes)])
+    return "\n".join([*lines, *dict.fromkeys(notes), *_goals(records, header)])
+
+
+def _goals(records: Sequence[Record], header: dict[str, Any] | None) -> list[str]:
+    on_gpu = [record.to_dict() for record in records if record.device == "cuda"]
+    gpu = (header or {}).get("gpu") or {"name": ""}
+    found = [goal for goal in goals([{"records": on_gpu}], gpu["name"]) if goal.found is not None]
+    return ["", text(found)] if found else []
 
 
 def _speeds(threads: int, memory: Bandwidth) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lutgemm.backends import registry
 from lutgemm.errors import ArgumentError, BackendError
 from lutgemm.formats import BCQLayout, CodebookLayout, QuantizedWeight
 from lutgemm.ops import linear
@@ -25,6 +26,7 @@ from lutgemm.testing.numerics import (
 from lutgemm.testing.targets import Target, absent, isa_in_use, targets
 from lutgemm.testing.timing import (
     Call,
+    Timing,
     cold_bytes,
     cold_copies,
     time_interleaved,
@@ -33,14 +35,16 @@ from lutgemm.testing.timing import (
 )
 
 from .baselines import BASELINES, DEFAULT_BASELINES
-from .layer import Layer, Request
+from .goals import NAMED
+from .layer import Layer, Request, failures
 from .machine import copy_bandwidth, device_copy_bandwidth, read_bandwidth
 from .records import Bandwidth, BaselineRecord, Record
+from .shapes import urgency
 
 MODES = ("cold", "hot")
 MOST_LOOKED_UP = 64
-"""On GPUs, the most tokens at which algorithms of tables are timed: beyond, they take them in turns, which is slow
-beyond doubt. (On CPUs they are of use at any number.)"""
+"""On GPUs, the most tokens at which the algorithms of tables (`NAMED`) are timed: beyond, they take them in turns,
+which is slow beyond doubt. (On CPUs they are of use at any number.)"""
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,17 @@ def chosen_targets(options: Options) -> list[Target]:
     return [target for target in found if not target.isa or target.isa in kept]
 
 
-def grouped(cases: Sequence[OpCase]) -> list[list[OpCase]]:
+def grouped(cases: Sequence[OpCase], urgent_first: bool = False) -> list[list[OpCase]]:
     """The cases that take the same x, together: they are timed in turns with each other and one set of baselines.
 
-    Groups of one shape N x K follow each other, so that prepared layers serve them all.
+    Groups of one shape N x K follow each other, so that prepared layers serve them all; urgent_first: those of one
+    shape and `urgency`, so that a run that is cut short has what is wanted most.
     """
-    found: dict[tuple[int, int], dict[OpCase, list[OpCase]]] = {}
-    for case in cases:
+    found: dict[tuple[int, int, int], dict[OpCase, list[OpCase]]] = {}
+    for case in sorted(cases, key=urgency) if urgent_first else cases:
         same = OpCase(N=case.N, K=case.K, M=case.M, dtype=case.dtype, outliers=case.outliers)
-        found.setdefault((case.N, case.K), {}).setdefault(same, []).append(case)
+        key = (urgency(case) if urgent_first else 0, case.N, case.K)
+        found.setdefault(key, {}).setdefault(same, []).append(case)
     return [group for groups in found.values() for group in groups.values()]
 
 
@@ -115,7 +121,8 @@ class Shelf:
         key = name, request
         if key not in self.layers:
             try:
-                self.layers[key] = BASELINES[name].prepare(request)
+                with failures(name):
+                    self.layers[key] = BASELINES[name].prepare(request)
             except BackendError as error:
                 self.layers[key] = str(error)
         return self.layers[key]
@@ -124,7 +131,7 @@ class Shelf:
         """The weight of a case: one copy, or enough to exceed the caches."""
         key = case.layout, cold
         if key not in self.weights:
-            weight = case.weight().to(device)
+            weight = self.copies(case, device, cold=False)[0] if cold else case.weight().to(device)
             extra = cold_copies(weight.nbytes, cold_bytes(device)) - 1 if cold else 0
             clones = ({name: t.clone() for name, t in weight.tensors.items()} for _ in range(extra))
             self.weights[key] = [weight, *(type(weight)(weight.layout, tensors) for tensors in clones)]
@@ -156,7 +163,7 @@ class Group:
     def __post_init__(self) -> None:
         first = self.cases[0]
         self.shelf.turn_to((first.N, first.K))
-        self.x = first.inputs().x.to(self.options.device)
+        self.x = replace(first, N=1).inputs().x.to(self.options.device)  # no weight of N x K only for its x
         self.truths: dict[BCQLayout | CodebookLayout, Tensor] = {}
         self.baseline_errors: dict[tuple[str, int], float] = {}
         self.baseline_truths: dict[str, Tensor] = {}
@@ -184,9 +191,16 @@ class Group:
         if case.layout not in self.truths:
             self.truths[case.layout] = exact_result(self.x, weight)
         truth = self.truths[case.layout]
+        error = None
         with line.target.active():
-            y = line.bind(self.x, weight)()
-        fault = self.fault(line, y, weight, truth)
+            auto = registry()[line.target.backend].choose(case.problem(device)) == line.algorithm
+            try:
+                with failures(line.algorithm):
+                    y = line.bind(self.x, weight)()
+                    fault, error = self.fault(line, y, weight, truth), relative_error(y, truth)
+            except BackendError as raised:
+                fault = str(raised)
+                _assert_usable(device, f"{line.algorithm} on {case.name}")
         return Record(
             case=case,
             algorithm=line.algorithm,
@@ -197,10 +211,11 @@ class Group:
             mode="",
             bits_per_weight=weight.bits_per_weight,
             bytes_moved=weight.nbytes + self.x.nbytes + case.M * case.N * self.x.element_size(),
-            error=relative_error(y, truth),
+            error=error,
             correct=not fault,
             message=fault,
             memory=memory,
+            auto=auto,
         )
 
     def baseline(self, name: str, threads: int, mode: str, memory: Bandwidth) -> tuple[BaselineRecord, Sequence[Call]]:
@@ -212,14 +227,15 @@ class Group:
         if isinstance(layer, str):
             return replace(record, absent=layer), ()
         try:
-            calls = layer.bind(self.x)
+            with failures(name):
+                calls = layer.bind(self.x)
+                if (name, threads) not in self.baseline_errors:
+                    y = torch.as_tensor(calls[0]()).to(request.device)
+                    if name not in self.baseline_truths:
+                        self.baseline_truths[name] = _product(self.x, layer.dense().to(request.device))
+                    self.baseline_errors[name, threads] = relative_error(y, self.baseline_truths[name])
         except BackendError as error:
             return replace(record, absent=str(error)), ()
-        if (name, threads) not in self.baseline_errors:
-            y = torch.as_tensor(calls[0]()).to(request.device)
-            if name not in self.baseline_truths:
-                self.baseline_truths[name] = _product(self.x, layer.dense().to(request.device))
-            self.baseline_errors[name, threads] = relative_error(y, self.baseline_truths[name])
         record = replace(
             record,
             bits_per_weight=8 * layer.nbytes / (n * k),
@@ -240,14 +256,56 @@ class Group:
             if record.correct:
                 copies = self.shelf.copies(line.case, device, cold)
                 calls[line] = [line.bind(self.x, weight) for weight in copies]
-        clock = time_interleaved_cuda if device == "cuda" else time_interleaved
         with target.active():
-            timings = clock(calls, self.options.seconds * len(self.cases)) if calls else {}
-        baselines = tuple(replace(record, timing=timings.get(name)) for name, (record, _) in beside.items())
+            timings, failed = timed(calls, self.options.seconds * len(self.cases), device)
+        baselines = tuple(
+            replace(record, timing=timings.get(name), absent=failed.get(name, record.absent))
+            for name, (record, _) in beside.items()
+        )
+        found = [replace(r, mode=mode, timing=timings.get(line), baselines=baselines) for line, r in checked.items()]
         return [
-            replace(record, mode=mode, timing=timings.get(line), baselines=baselines)
-            for line, record in checked.items()
+            replace(record, correct=False, message=failed[line]) if line in failed else record
+            for line, record in zip(checked, found, strict=True)
         ]
+
+
+def timed(
+    calls: Mapping[str | Line, Sequence[Call]], seconds: float, device: str
+) -> tuple[dict[str | Line, Timing], dict[str | Line, str]]:
+    """What the clock of the device says of all that can be timed, and why the others cannot: not everything that can be
+    called can be captured in a CUDA graph, or has the memory for as many copies.
+    """
+    clock = time_interleaved_cuda if device == "cuda" else time_interleaved
+    if not calls:
+        return {}, {}
+    try:
+        with failures("timing"):
+            return clock(calls, seconds), {}
+    except BackendError as together:
+        failed: dict[str | Line, str] = {}
+        for name, copies in calls.items():
+            try:
+                with failures("timing"):
+                    clock({name: copies}, 0.0)
+            except BackendError as error:
+                failed[name] = str(error)
+        left = {name: copies for name, copies in calls.items() if name not in failed}
+        if not failed:
+            raise together
+        return clock(left, seconds) if left else {}, failed
+
+
+def _assert_usable(device: str, after: str) -> None:
+    """Raises `BackendError` where a failed call has taken the whole CUDA context with it."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise BackendError(
+            f"{after} left the GPU unusable ({reason}); measure the others in another run, by --algorithms"
+        ) from None
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -272,7 +330,7 @@ def run_group(
                     for name in target.algorithms(case.op)
                     if target.takes(case, name)
                     and (not options.algorithms or name in options.algorithms)
-                    and (options.device == "cpu" or case.M <= MOST_LOOKED_UP or name.startswith("dequant"))
+                    and (options.device == "cpu" or case.M <= MOST_LOOKED_UP or name not in NAMED)
                 ]
                 checked = {line: group.check(line, threads, bandwidth) for line in lines}
                 for mode in options.modes if checked else ():
@@ -294,7 +352,7 @@ def run_cases(cases: Sequence[OpCase], options: Options) -> Iterator[tuple[list[
     for name in options.algorithms:
         if name not in offered:
             raise ArgumentError(f"algorithms: {name!r} is not offered; use some of {sorted(offered)}")
-    return _run_groups(grouped(cases), options, chosen)
+    return _run_groups(grouped(cases, urgent_first=options.device == "cuda"), options, chosen)
 
 
 def _run_groups(

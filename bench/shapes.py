@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from lutgemm.accuracy import ACCURACIES, DEFAULT
 from lutgemm.errors import ArgumentError
@@ -69,16 +70,32 @@ ALL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 SOME_TOKENS = (1, 8, 16, 1024)
 
 
-def _gpu() -> list[OpCase]:
-    """What is published about GPU kernels: 1 to 4 bits, two codebooks of 2 bits, and 4 bits on an integer grid."""
-    kinds = [replace(BCQ, bits=bits) for bits in (1, 2, 3, 4)]
-    kinds += [CODEBOOK, replace(CODEBOOK, num_codebooks=2, vec_len=8), replace(BCQ, bits=4, scale_kind="uniform")]
+GPU_KINDS = (
+    *(replace(BCQ, bits=bits) for bits in (1, 2, 3, 4)),
+    CODEBOOK,
+    replace(CODEBOOK, num_codebooks=2, vec_len=8),
+    replace(BCQ, bits=4, scale_kind="uniform"),
+)
+"""1 to 4 bits, two codebooks of 2 bits, and 4 bits on an integer grid."""
+
+
+def _gpu(everything: bool = False) -> list[OpCase]:
+    """Every kind at every shape and number of tokens, or without `everything` the other shapes at some only."""
     return [
         replace(kind, N=n, K=k, M=m, dtype="float16")
         for n, k in GPU_SHAPES
-        for m in (ALL_TOKENS if (n, k) in MAIN_GPU_SHAPES else SOME_TOKENS)
-        for kind in kinds
+        for m in (ALL_TOKENS if everything or (n, k) in MAIN_GPU_SHAPES else SOME_TOKENS)
+        for kind in GPU_KINDS
     ]
+
+
+def urgency(case: OpCase) -> int:
+    """How soon a case is measured on a GPU, 0 first: the figures that kernels are judged by, one token through the main
+    shapes; then few tokens; then many; then the other shapes, one token first.
+    """
+    main = (case.N, case.K) in MAIN_GPU_SHAPES
+    order = [main and case.M == 1, main and case.M <= 16, main and case.M in (32, 1024), case.M == 1, main]
+    return next((rank for rank, wanted in enumerate(order) if wanted), len(order))
 
 
 def _model(name: str) -> Callable[[], list[OpCase]]:
@@ -94,6 +111,7 @@ SUITES: dict[str, Callable[[], list[OpCase]]] = {
     "smoke": _smoke,
     "cpu": _cpu,
     "gpu": _gpu,
+    "gpu-all": partial(_gpu, everything=True),
     **{name: _model(name) for name in MODELS},
 }
 """Name of `--suite` -> its cases."""

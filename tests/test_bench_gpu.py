@@ -3,22 +3,18 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lutgemm.bench import baselines, block, peers_cuda, textbook
-from lutgemm.bench.layer import Request
+from lutgemm.bench import block, runner, textbook
 from lutgemm.bench.records import Bandwidth, rates
-from lutgemm.bench.shapes import GPU_SHAPES, SUITES
+from lutgemm.bench.shapes import ALL_TOKENS, GPU_KINDS, GPU_SHAPES, MAIN_GPU_SHAPES, SUITES
 from lutgemm.cli import main
 from lutgemm.errors import BackendError
 from lutgemm.testing import timing
 from lutgemm.testing.cases import OpCase
-from lutgemm.testing.numerics import relative_error
 from lutgemm.testing.timing import Timing
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -58,6 +54,22 @@ def test_a_wrong_block_is_not_timed(small_blocks, monkeypatch, capsys):
     assert all(r["timing"] is None and r["speedup"] is None for r in records if not r["correct"])
 
 
+def test_a_block_that_raises_is_reported_and_ends_nothing(small_blocks, monkeypatch, capsys):
+    right = block.linear
+
+    def broken(x, w):
+        if getattr(w, "bits", 0) == 3:
+            raise RuntimeError("no such kernel image")
+        return right(x, w)
+
+    monkeypatch.setattr(block, "linear", broken)
+    assert main(["bench", "--suite", "block", "--seconds", "0.01"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (wrong,) = [line for line in lines if "WRONG" in line]
+    assert wrong.endswith("WRONG bcq 3-bit failed: RuntimeError: no such kernel image")
+    assert sum(" yes" in line for line in lines) == len(block.WEIGHTS)
+
+
 def test_a_block_is_not_drawn(tmp_path, capsys):
     assert main(["bench", "--suite", "block", "--plot", str(tmp_path / "x.png")]) == 1
     assert "leave --plot out" in capsys.readouterr().err
@@ -69,13 +81,37 @@ def test_the_gpu_suite_has_every_shape_and_format():
     assert {c.bits for c in cases if c.op == "bcq_linear"} == {1, 2, 3, 4}
     assert {(c.num_codebooks, c.vec_len) for c in cases if c.op == "codebook_linear"} == {(1, 4), (2, 8)}
     assert {c.M for c in cases} == {1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096}
-    assert all(c.dtype == "float16" and c.layout for c in cases)
+    assert all(c.dtype == "float16" and c.layout and c.group_size == 128 for c in cases)
     assert len(set(cases)) == len(cases)
+    everything = SUITES["gpu-all"]()
+    assert set(cases) < set(everything)
+    assert len(set(everything)) == len(GPU_SHAPES) * len(ALL_TOKENS) * len(GPU_KINDS)
+    assert (
+        *((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)),
+        *((8192, 8192), (57344, 8192), (8192, 28672)),
+    ) == GPU_SHAPES
+
+
+def test_on_a_gpu_what_is_wanted_most_comes_first():
+    cases = SUITES["gpu"]()
+    groups = runner.grouped(cases, urgent_first=True)
+    order = [(group[0].N, group[0].K, group[0].M) for group in groups]
+    assert order[:3] == [(n, k, 1) for n, k in MAIN_GPU_SHAPES]
+    assert all(m <= 16 and (n, k) in MAIN_GPU_SHAPES for n, k, m in order[:15])
+    assert {m for _, _, m in order[15:21]} == {32, 1024}
+    others = [place for place, (n, k, m) in enumerate(order) if m == 1 and (n, k) not in MAIN_GPU_SHAPES]
+    assert others == list(range(21, 25))
+    assert {case for group in groups for case in group} == set(cases)
+    assert all(len(group) == len(GPU_KINDS) for group in groups)
+    plain = runner.grouped(cases)
+    assert sorted(map(len, plain)) == sorted(map(len, groups))
+    assert [(g[0].N, g[0].K) for g in plain[:10]] == [GPU_SHAPES[0]] * 10
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
-def test_the_gpu_suite_asks_for_a_gpu(capsys):
-    assert main(["bench", "--suite", "gpu"]) == 1
+@pytest.mark.parametrize("suite", ["gpu", "gpu-all"])
+def test_the_gpu_suites_ask_for_a_gpu(suite, capsys):
+    assert main(["bench", "--suite", suite]) == 1
     assert "this torch sees no CUDA device" in capsys.readouterr().err
 
 
@@ -106,49 +142,6 @@ def test_textbook_layout_gives_the_weight():
             signs = ((codes[w] >> i) & 1).float() * 2 - 1
             dense[:, 32 * w + i] = (scales[group].float() * signs).sum(0) + offsets[group].float()
     assert torch.equal(dense, weight.dequantize())
-
-
-@pytest.mark.parametrize("name", [*baselines.ON_CUDA_ONLY, "gemv_bf16"])
-def test_baselines_say_where_they_run(name, monkeypatch):
-    """Packages of peers need not be there for it."""
-    monkeypatch.setattr(peers_cuda, "module", lambda package, extra: None)
-    device = "cpu" if name in baselines.ON_CUDA_ONLY else "cuda"
-    with pytest.raises(BackendError, match=f"the device is {device}"):
-        baselines.BASELINES[name].prepare(Request(64, 64, cold=False, threads=1, device=device))
-
-
-@pytest.mark.parametrize("name", ["gemlite_2bit", "humming_3bit"])
-def test_absent_peers_name_their_extra(name, monkeypatch):
-    for package in ("gemlite", "humming", "humming.layer"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BackendError, match=r"cannot be imported .*lutgemm\[bench-peers-cuda\]"):
-        baselines.BASELINES[name].prepare(Request(64, 64, cold=False, threads=1, device="cuda"))
-
-
-class GemLiteLinear:
-    """What `gemlite_layer` relies on, as its documentation describes it."""
-
-    def __init__(self, bits, *, group_size, in_features, out_features, input_dtype, output_dtype):
-        self.group_size = group_size
-
-    def pack(self, codes, scales, zeros, bias):
-        wide = [t.float().repeat_interleave(self.group_size, 1) for t in (scales, zeros)]
-        self.weight = (codes.float() - wide[1]) * wide[0]
-
-    def __call__(self, x):
-        return (x.float() @ self.weight.T).half()
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_gemlites_weight_is_what_is_packed(bits, monkeypatch):
-    fake = SimpleNamespace(GemLiteLinear=GemLiteLinear, DType=SimpleNamespace(FP16=0))
-    monkeypatch.setattr(peers_cuda, "module", lambda package, extra: fake)
-    monkeypatch.setattr(peers_cuda, "_on_cuda", lambda request, name: None)
-    layer = peers_cuda.gemlite_layer(Request(64, 256, cold=False, threads=1), bits)
-    x = torch.randn(3, 256)
-    (call,) = layer.bind(x)
-    assert relative_error(call(), x.double() @ layer.dense().double().T) < 1e-3
-    assert layer.nbytes == 64 * 256 * bits // 8 + 64 * 2 * 2 * 2
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")

@@ -51,7 +51,7 @@ PYBIND11_MODULE(_host, m) { m.def("answer", [] { return 42; }); }
 def make_tree(folder: Path) -> Path:
     """A copy of the source tree with stand-ins for csrc/, and with what older builds may have left behind."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json", "*.egg-info", "build", "dist")
-    for name in ("lutgemm", "bench", "kernels"):
+    for name in ("lutgemm", "bench", "kernels", "build_tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder / name)

@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--isa", default="", type=_names, help="instruction sets of the cpu backend, or all (default: the best)"
     )
-    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu (--suite gpu: cuda)")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu (--suite gpu, gpu-all: cuda)")
     how.add_argument("--threads", help="numbers of threads, such as 1,2 (default: 1; --suite cpu: 1 and 2)")
     how.add_argument("--cold", action="store_true", help="only with weights from memory")
     how.add_argument("--hot", action="store_true", help="only with weights that may stay in the caches")
@@ -182,8 +182,8 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def device_of(args: argparse.Namespace) -> str:
-    """The device asked for; --suite gpu is for one."""
-    return str(args.device or ("cuda" if args.suite == "gpu" else "cpu"))
+    """The device asked for; suites of GPUs are for one."""
+    return str(args.device or ("cuda" if str(args.suite).startswith("gpu") else "cpu"))
 
 
 def seconds_of(args: argparse.Namespace) -> float:
@@ -260,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(report.dumps(header, records))
     else:
-        print(report.header_text(header, records), report.table(records), sep="\n\n")
+        print(report.header_text(header, records), report.table(records, header), sep="\n\n")
     if args.repro and args.json != "-":
         print("", *(record.repro for record in records), sep="\n")
     if plot_path:
