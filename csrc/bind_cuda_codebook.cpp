@@ -65,7 +65,8 @@ Tensor codegemm_op(const Tensor& x, const Tensor& codes, const Tensor& scales, c
 }
 
 Tensor codebook_mma_op(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& tables,
-                       const Tensor& units, const std::optional<Tensor>& bias, int64_t N, int64_t group_size) {
+                       const std::optional<Tensor>& half_tables, const Tensor& units, const std::optional<Tensor>& bias,
+                       int64_t N, int64_t group_size) {
   const Call call(x);
   check(x.dim() == 2, "x: got shape ", shape_text(x), ", expected [M, K]");
   check(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
@@ -82,11 +83,15 @@ Tensor codebook_mma_op(const Tensor& x, const Tensor& codes, const Tensor& scale
   check_tensor(scales, "scales", {tiles, steps.groups, 4, 4, 2}, p.float_scales ? ScalarType::Float : ScalarType::Half,
                x);
   check_tensor(tables, "tables", {-1, -1, -1}, x.scalar_type(), x);
-  check_tensor(units, "units", {2}, ScalarType::Float, x);
+  check_tensor(units, "units", {3}, ScalarType::Float, x);
   p.codes = codes.const_data_ptr();
   p.scales = scales.const_data_ptr();
   p.tables = tables.const_data_ptr();
   p.units = static_cast<const float*>(units.const_data_ptr());
+  if (half_tables) {
+    check_tensor(*half_tables, "half_tables", {tables.size(0), tables.size(1), tables.size(2)}, ScalarType::Half, x);
+    p.half_tables = half_tables->const_data_ptr();
+  }
   Tensor y;
   p.io = make_io(x, bias, y, N, K);
   if (p.io.M == 0) return y;
@@ -106,7 +111,7 @@ Tensor numbers(std::initializer_list<int64_t> values) {
   return out;
 }
 
-// [word, tokens of a pass, tiles, row_blocks, shared bytes, workspace bytes]
+// [word, tokens of a pass, splits, row_blocks, shared bytes, workspace bytes]
 Tensor codegemm_plan_op(const Tensor& x, int64_t N, int64_t group_size, int64_t num_codebooks, int64_t vec_len,
                         int64_t codebook_bits, int64_t accuracy, bool float_scales, int64_t sm_count,
                         int64_t shared_limit) {
@@ -118,10 +123,10 @@ Tensor codegemm_plan_op(const Tensor& x, int64_t N, int64_t group_size, int64_t 
   gpu.sm_count = int(sm_count), gpu.shared_bytes = int(shared_limit);
   const CodegemmPlan plan = plan_codegemm(p, gpu);
   return numbers(
-      {int64_t(plan.word), plan.tokens, plan.tiles, plan.row_blocks, plan.shared_bytes, codegemm_workspace(p, gpu)});
+      {int64_t(plan.word), plan.tokens, plan.splits, plan.row_blocks, plan.shared_bytes, codegemm_workspace(p, gpu)});
 }
 
-// [token_tiles, splits, split_chunks, chunks, blocks, copies, table bytes, x bytes, sum bytes]
+// [octets, splits, split_chunks, chunks, blocks, copies, table bytes, x bytes, sum bytes]
 Tensor codebook_mma_plan_op(const Tensor& x, int64_t N, int64_t group_size, int64_t planes, int64_t vec_len,
                             int64_t codebook_bits, int64_t sm_count, int64_t shared_limit) {
   CodebookMmaProblem p{};
@@ -129,8 +134,20 @@ Tensor codebook_mma_plan_op(const Tensor& x, int64_t N, int64_t group_size, int6
   p.group_size = group_size, p.planes = int(planes), p.vec_len = int(vec_len), p.codebook_bits = int(codebook_bits);
   const CodebookMmaPlan plan = plan_codebook_mma(p, int(sm_count), int(shared_limit));
   const MmaSteps steps = mma_steps(p.io.K, group_size, p.planes, p.vec_len);
-  return numbers({plan.token_tiles, plan.splits, plan.split_chunks, steps.chunks, plan.blocks, plan.copies,
-                  plan.table_bytes, plan.x_bytes, plan.sum_bytes});
+  return numbers({plan.octets, plan.splits, plan.split_chunks, steps.chunks, plan.blocks, plan.copies, plan.table_bytes,
+                  plan.x_bytes, plan.sum_bytes});
+}
+
+// [token_blocks, row_blocks, splits, split_chunks, chunks, stage_chunks, copies, table bytes, stage bytes]
+Tensor codebook_gemm_plan_op(const Tensor& x, int64_t N, int64_t group_size, int64_t planes, int64_t vec_len,
+                             int64_t codebook_bits, int64_t sm_count, int64_t shared_limit) {
+  CodebookMmaProblem p{};
+  p.io.M = x.size(0), p.io.N = N, p.io.K = x.size(1);
+  p.group_size = group_size, p.planes = int(planes), p.vec_len = int(vec_len), p.codebook_bits = int(codebook_bits);
+  const CodebookGemmPlan plan = plan_codebook_gemm(p, int(sm_count), int(shared_limit));
+  const MmaSteps steps = mma_steps(p.io.K, p.group_size, p.planes, p.vec_len);
+  return numbers({plan.token_blocks, plan.row_blocks, plan.splits, plan.split_chunks, steps.chunks, plan.stage_chunks,
+                  plan.copies, plan.table_bytes, plan.stage_bytes});
 }
 #endif
 
@@ -141,14 +158,17 @@ LUTGEMM_GPU_OPS(m) {
       "_codebook_codegemm_cuda(Tensor x, Tensor codes, Tensor scales, Tensor codebooks, Tensor norms, Tensor? bias, "
       "int N, int group_size, int accuracy) -> Tensor");
   m.def(
-      "_codebook_codebook_mma_cuda(Tensor x, Tensor codes, Tensor scales, Tensor tables, Tensor units, Tensor? bias, "
-      "int N, int group_size) -> Tensor");
+      "_codebook_codebook_mma_cuda(Tensor x, Tensor codes, Tensor scales, Tensor tables, Tensor? half_tables, "
+      "Tensor units, Tensor? bias, int N, int group_size) -> Tensor");
 #ifdef LUTGEMM_EMULATED
   m.def(
       "_codegemm_plan(Tensor x, int N, int group_size, int num_codebooks, int vec_len, int codebook_bits, "
       "int accuracy, bool float_scales, int sm_count, int shared_limit) -> Tensor");
   m.def(
       "_codebook_mma_plan(Tensor x, int N, int group_size, int planes, int vec_len, int codebook_bits, int sm_count, "
+      "int shared_limit) -> Tensor");
+  m.def(
+      "_codebook_gemm_plan(Tensor x, int N, int group_size, int planes, int vec_len, int codebook_bits, int sm_count, "
       "int shared_limit) -> Tensor");
 #endif
 }
@@ -159,6 +179,7 @@ LUTGEMM_GPU_IMPL(m) {
 #ifdef LUTGEMM_EMULATED
   m.impl("_codegemm_plan", TORCH_BOX(&codegemm_plan_op));
   m.impl("_codebook_mma_plan", TORCH_BOX(&codebook_mma_plan_op));
+  m.impl("_codebook_gemm_plan", TORCH_BOX(&codebook_gemm_plan_op));
 #endif
 }
 

@@ -1,4 +1,7 @@
 // LUT-GEMM and BiQGEMM on the GPU: every check that keeps the kernels inside their tensors.
+#include <algorithm>
+#include <iterator>
+
 #include "bind_cuda.h"
 #include "cuda/lut.h"
 
@@ -53,14 +56,24 @@ Tensor lut_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, co
 }
 
 #ifdef LUTGEMM_EMULATED
-// For tests: int64 [row_blocks, tiles_per_block, splits, tables_per_split, token_blocks].
-Tensor plan(const Tensor& x, int64_t N, int64_t bits, int64_t tokens, int64_t entry_bytes, int64_t sm_count) {
-  const LutPlan made =
-      plan_lut(x.size(0), N, x.size(1), int(bits), LutTables{int(tokens), int(entry_bytes)}, int(sm_count));
-  Tensor out = empty_like_x({5}, ScalarType::Long, x);
-  int64_t* to = static_cast<int64_t*>(out.mutable_data_ptr());
-  to[0] = made.row_blocks, to[1] = made.tiles_per_block, to[2] = made.splits, to[3] = made.tables_per_split;
-  to[4] = made.token_blocks;
+// For tests: int64 [row_blocks, strips_per_block, splits, tables_per_split, token_blocks, resident, tokens, inputs,
+// strip_rows, bytes of shared memory of a block].
+Tensor plan(const Tensor& x, int64_t N, int64_t bits, bool biqgemm, int64_t accuracy, int64_t sm_count,
+            int64_t shared_bytes) {
+  LutProblem problem{};
+  problem.io.M = x.size(0), problem.io.N = N, problem.io.K = x.size(1);
+  problem.accuracy = requested_accuracy(accuracy);
+  Gpu gpu{};
+  gpu.sm_count = int(sm_count), gpu.shared_bytes = int(shared_bytes);
+  const LutTables tables = biqgemm ? biqgemm_tables(problem) : lut_gemm_tables(problem);
+  const LutPlan made = plan_lut(problem.io, int(bits), tables, gpu);
+  const int64_t facts[] = {made.row_blocks,   made.strips_per_block,
+                           made.splits,       made.tables_per_split,
+                           made.token_blocks, made.resident,
+                           tables.tokens,     tables.inputs,
+                           tables.strip_rows, tables.shared_bytes(made.strips_per_block)};
+  Tensor out = empty_like_x({int64_t(std::size(facts))}, ScalarType::Long, x);
+  std::copy(std::begin(facts), std::end(facts), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
 #endif
@@ -75,7 +88,7 @@ LUTGEMM_GPU_OPS(m) {
       "_bcq_biqgemm_cuda(Tensor x, Tensor codes, Tensor scales, Tensor scale_unit, Tensor? bias, int N, "
       "int group_size, bool uniform, int accuracy) -> Tensor");
 #ifdef LUTGEMM_EMULATED
-  m.def("_lut_plan(Tensor x, int N, int bits, int tokens, int entry_bytes, int sm_count) -> Tensor");
+  m.def("_lut_plan(Tensor x, int N, int bits, bool biqgemm, int accuracy, int sm_count, int shared_bytes) -> Tensor");
 #endif
 }
 

@@ -214,6 +214,8 @@ def compile_source(source: Path) -> Compiled:
     if status:
         said = [line for line in log.splitlines() if "ptxas info" not in line and "bytes stack frame" not in line]
         raise RuntimeError("\n".join([f"nvcc refuses {source.name}:", *said])[:4000])
+    if serialized := sorted(set(re.findall(r"\(C75\d\d\).*wgmma.*serialized.*", log))):
+        raise RuntimeError("\n".join([f"{source.name}: wgmma would wait for each other:", *serialized])[:4000])
     sass = instructions(partial)
     kernels = {arch: {} for arch in ARCHS}
     for arch, symbols in parse_resources(log).items():

@@ -29,7 +29,7 @@ from lutgemm.formats import CodebookWeight
 from lutgemm.testing.cases import OpCase
 from lutgemm.testing.numerics import assert_within, exact_result, rms, torch_allowance
 
-FLOAT, INT16, PAIR14 = range(3)
+FLOAT, INT16, PAIR14, HALF_FLOAT = range(4)
 EXACT, NEAR_EXACT, ACCURATE = (resolve_accuracy(name) for name in ("exact", "near-exact", "accurate"))
 
 
@@ -103,9 +103,9 @@ def test_scales_of_codebook_mma_lie_by_columns_of_a_fragment() -> None:
     r = record(case(N=45, K=100, group_size=32))
     scales, unit = mma_scales(r, exact=False)
     assert scales.shape == (2, 4, 4, 4, 2)
-    assert unit == 1
+    assert 2**14 <= scales.max() < 2**15
     for n, g in product(range(45), range(4)):
-        assert scales[n // 32, g, n % 8 // 2, n % 32 // 8, n % 2] == r.scales[n, g]
+        assert scales[n // 32, g, n % 8 // 2, n % 32 // 8, n % 2].float() * unit == r.scales[n, g].float()
 
 
 @pytest.mark.parametrize("peak", [1.0, 2.0**-100, 2.0**100, 0.0])
@@ -202,19 +202,24 @@ def test_words_of_codegemm_follow_accuracy_and_tokens(emulated: Emulated) -> Non
     assert word(2, ACCURATE, shared=99 << 10) == (INT16, 1)
     assert word(2, NEAR_EXACT) == (INT16, 1)
     assert word(2, EXACT, True) == (FLOAT, 1)
+    assert word(2, EXACT, True, shared=99 << 10) == (HALF_FLOAT, 1)
     assert word(2, ACCURATE, True, 12) == (FLOAT, 1)
+    assert word(2, ACCURATE, True, 12, shared=99 << 10) == (FLOAT, 1)
 
 
 def test_codegemm_cuts_cover_the_problem(emulated: Emulated) -> None:
     for m, n, k, bits, sms in product((1, 2, 7, 40), (1, 33, 4096), (1, 300, 14336), (8, 9, 12), (1, 132)):
-        floats = bits > 8
-        _, _, tiles, row_blocks, shared, workspace = codegemm_plan(m, n, k, (1, 4), bits, ACCURATE, floats, sms)
-        units = -(-k // 128) * 8 if k > 128 else -(-k // 16)
-        per_tile = 32 if bits <= 8 else 4096 >> bits
-        assert tiles * per_tile >= units - 7
-        assert 1 <= row_blocks <= -(-n // 32), "no block without rows"
-        assert shared <= 163 << 10, "of an A100"
-        assert workspace == 4 * tiles * min(m, 16) * n
+        for limit, accuracy in ((163 << 10, ACCURATE), (163 << 10, EXACT), (99 << 10, EXACT)):
+            floats = bits > 8 or accuracy == EXACT
+            word, _, splits, row_blocks, shared, workspace = codegemm_plan(
+                m, n, k, (1, 4), bits, accuracy, floats, sms, limit
+            )
+            units = -(-k // 128) * 8 if k > 128 else -(-k // 16)
+            per_split = 4096 >> bits if bits > 8 else 16 if word == HALF_FLOAT else 32
+            assert splits * per_split >= units - 7
+            assert 1 <= row_blocks <= -(-n // 32), "no block without rows"
+            assert shared <= limit
+            assert workspace == 4 * splits * min(m, 16) * n
 
 
 def test_layers_of_models_fill_a_gpu(emulated: Emulated) -> None:
@@ -233,16 +238,14 @@ def test_layers_of_models_fill_a_gpu(emulated: Emulated) -> None:
 @pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
 def test_codebook_mma_fits_in_shared_memory_or_says_that_it_does_not(shared: int, emulated: Emulated) -> None:
     for planes, vec_len, m, k in product((1, 2, 3, 4, 8, 12), (2, 4, 8, 16), (1, 8, 16, 40), (16, 4096, 1 << 24)):
-        token_tiles, splits, split_chunks, chunks, _, copies, *used = mma_plan(
-            m, 64, k, k, (planes, vec_len), 4, shared
-        )
+        octets, splits, split_chunks, chunks, _, copies, *used = mma_plan(m, 64, k, k, (planes, vec_len), 4, shared)
         if splits == 0:
             assert planes * vec_len >= 128, "256 entries in 16 bytes each fit"
             continue
         assert sum(used) <= shared
         assert copies * min(16, 2 * vec_len) in (16, 32, 64, 128)
         assert (splits - 1) * split_chunks < chunks <= splits * split_chunks
-        assert token_tiles == (2 if m > 8 and vec_len in (4, 8) else 1)
+        assert octets == (2 if m > 8 and vec_len in (4, 8) else 1)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +259,9 @@ def test_codebook_mma_fits_in_shared_memory_or_says_that_it_does_not(shared: int
         ("codebook_mma", 8, "accurate", 1, 4, 2),
         ("codebook_mma", 16, "accurate", 2, 8, 4),
         ("codebook_mma", 5, "accurate", 1, 16, 4),
+        ("codebook_mma", 30, "accurate", 1, 4, 2),
+        ("codebook_mma", 20, "accurate", 2, 8, 4),
+        ("codebook_mma", 17, "accurate", 1, 2, 1),
     ],
 )
 def test_shared_memory_without_bank_conflicts(
@@ -273,10 +279,10 @@ def test_shared_memory_without_bank_conflicts(
     shared = [site for site in sites if site["space"] == "shared"]
     assert sum(s["cost"] for s in shared) <= 1.02 * sum(s["ideal"] for s in shared), "all but what is done once a tile"
     if algorithm == "codegemm":
-        reads = [s for s in shared if not s["write"] and s["file"] == "codegemm.cu"]
+        reads = [s for s in shared if not s["write"] and s["file"] == "codegemm.cuh"]
         look_ups = -(-1024 // vec_len * num_codebooks // 128) * 128 * 64 // 32  # whole tiles of 128 columns
     else:
-        reads = [s for s in shared if "centroid" in s["function"]]
+        reads = [s for s in shared if not s["write"] and s["file"] == "codebook_mma.cuh"]
         parts = 2 if vec_len == 16 else 1
         look_ups = 1024 // vec_len * num_codebooks * 64 // 32 * parts
     assert sum(s["accesses"] for s in reads) == look_ups
@@ -286,8 +292,8 @@ def test_shared_memory_without_bank_conflicts(
 @pytest.mark.parametrize("algorithm", ["codegemm", "codebook_mma"])
 def test_any_cut_gives_the_result(algorithm: str, emulated: Emulated) -> None:
     """Groups that tiles and chunks straddle, blocks of many and of few rows, passes of tokens."""
-    shapes = ((1, 1, 4, 36), (3, 3, 2, 6), (19, 2, 8, 40), (9, 4, 16, 0), (2, 1, 4, 4))
-    for m, num_codebooks, vec_len, group_size in shapes:
+    shapes = ((1, 1, 4, 36), (3, 3, 2, 6), (19, 2, 8, 40), (9, 4, 16, 0), (2, 1, 4, 4), (38, 3, 4, 12), (37, 4, 2, 0))
+    for m, num_codebooks, vec_len, group_size in shapes if algorithm == "codebook_mma" else shapes[:5]:
         of = case(M=m, N=75, K=1310, num_codebooks=num_codebooks, vec_len=vec_len, group_size=group_size)
         inputs = of.inputs()
         assert isinstance(inputs.weight, CodebookWeight)
@@ -309,6 +315,31 @@ def test_tokens_that_are_not_finite_spoil_no_others(m: int, emulated: Emulated) 
         y = run(emulated, "codegemm", x, r, ACCURATE)
         assert not y[0].isfinite().any()
         assert_within(y[1:], clean[1:], 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale_dtype": "float32"},
+        {"num_codebooks": 3, "vec_len": 16},
+        {"num_codebooks": 2, "vec_len": 8, "group_size": 24},
+        {"vec_len": 2, "group_size": 0, "codebook_bits": 5},
+        {"codebook_bits": 12},
+    ],
+)
+def test_a_gpu_with_99_kb_of_shared_memory_refuses_nothing(changes: dict, emulated: Emulated) -> None:
+    """As sm_86, sm_89 and sm_120 have it: fp32 tables are made of half a tile's columns."""
+    for m, dtype in ((3, "float32"), (1, "float16")):
+        of = case(M=m, N=75, K=1310 if changes.get("group_size") else 384, dtype=dtype, **changes)
+        inputs, r = of.inputs(), record(of)
+        assert isinstance(inputs.weight, CodebookWeight)
+        truth, allowed = exact_result(inputs.x, inputs.weight), torch_allowance(inputs.x, inputs.weight, None)
+        emulated.control.set(architecture=86, sm_count=3)
+        try:
+            y = run(emulated, "codegemm", inputs.x, r, EXACT)
+        finally:
+            emulated.control.set(architecture=90, sm_count=4)
+        assert rms(y.double() - truth) <= allowed, of.name
 
 
 BASE = {"N": 20, "K": 100, "group_size": 32}
@@ -363,6 +394,6 @@ def test_codebook_mma_checks_its_arguments(changes: dict, text: str, emulated: E
     (codes,), (scales, unit) = mma_codes(r, 1), mma_scales(r, exact=False)
     tables, _ = mma_tables(r, torch.float16, 1)
     given = {"x": torch.zeros(1, 100, dtype=torch.float16), "codes": codes, "scales": scales, "tables": tables}
-    given |= {"units": unit.repeat(2), "bias": None, "N": 20, "group_size": 32} | changes
+    given |= {"half_tables": None, "units": unit.repeat(3), "bias": None, "N": 20, "group_size": 32} | changes
     with pytest.raises(RuntimeError, match=text):
         torch.ops.lutgemm_emulated._codebook_codebook_mma_cuda(**given)

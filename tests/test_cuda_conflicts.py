@@ -16,6 +16,7 @@ BUDGET = {
     ("bcq_linear", "lut_gemm"): (1.0, 1.0),
     ("bcq_linear", "biqgemm"): (1.05, 1.1),
     ("bcq_linear", "bit_planes"): (1.2, 1.0),
+    ("bcq_linear", "sign_planes"): (1.0, 1.0),
     ("bcq_linear", "dequant_gemm"): (1.0, 1.05),
     ("bcq_linear", "dequantize"): (1.0, 1.0),
     ("codebook_linear", "codegemm"): (1.05, 1.1),

@@ -158,7 +158,7 @@ def test_bits_do_not_depend_on_the_order_of_blocks_or_on_the_call(op: str, algor
 @pytest.mark.parametrize(("op", "algorithm"), ALGORITHMS)
 def test_devices_of_any_size(op: str, algorithm: str, emulated: Emulated) -> None:
     """The number of multiprocessors decides how work is split, and the architecture how much shared memory there is."""
-    for sm_count, architecture in ((1, 80), (7, 90), (132, 90)):
+    for sm_count, architecture in ((1, 80), (4, 86), (7, 90), (132, 90)):
         emulated.control.set(sm_count=sm_count, architecture=architecture)
         for case in steady(op, algorithm):
             y = run(case.inputs(), algorithm, case.accuracy)

@@ -113,7 +113,7 @@ def test_neighbours_are_answered_by_the_next_measured():
     # what was not measured is left to the rows behind
     for other in (one._replace(dtype=torch.float32), one._replace(accuracy=3)):
         assert chosen(other, rows) == "dequantize"
-        assert chosen(other, rows + GPU_THRESHOLDS) == "bit_planes"
+        assert chosen(other, rows + GPU_THRESHOLDS) == "lut_gemm"
 
 
 # measuring

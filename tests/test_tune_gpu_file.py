@@ -199,7 +199,7 @@ def test_calls_follow_the_file_and_read_it_once(file, monkeypatch, present):
     monkeypatch.setattr(tuned_file.TunedFile, "read", lambda self, path: reads.append(path) or read(self, path))
     assert select(PROBLEM)[1] == "dequant_gemm"
     assert select(PROBLEM._replace(M=6))[1] == "dequantize"
-    assert select(PROBLEM._replace(M=10))[1] == "bit_planes"
+    assert select(PROBLEM._replace(M=10))[1] == "sign_planes"
     assert select(PROBLEM._replace(M=1, accuracy=3))[1] == "dequantize"
     assert reads == [file]
 

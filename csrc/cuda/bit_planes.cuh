@@ -22,49 +22,12 @@
 //
 //   codes   [bits][lane 32][row g, row g + 8]                uint32: lane = 4g + t
 //   scales  [step][slot][g 8][row g, row g + 8]              fp16 or fp32; slots: s_0 .. s_q-1, offset; merged: s, zero
-//
-// A block owns a tile and all chunks of its split; its warps share the chunks, each streaming its units through a ring
-// in shared memory by cp.async, and their sums are added in the order of the warps. Blocks go on to further tiles with
-// the activations that they have prepared.
 #pragma once
 
-#include "cuda/bit_planes.h"
-#include "cuda/epilogue.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/planes.cuh"
-#include "cuda/ptx.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/planes_block.cuh"
 
 namespace lutgemm::cuda {
 namespace {
-
-// Shared memory of a block, in this order; sizes in bytes.
-struct BitPlanesShared {
-  int64_t stage, ring, fragments, steps, sums, outputs, total;
-};
-
-// Per token and chunk: 64 words of hi and lo, its step, its sums of x.
-inline BitPlanesShared bit_planes_shared(const BitPlanesProblem& p, const BitPlanesPlan& plan) {
-  const int64_t tokens = p.io.M < 4 * plan.token_tiles ? p.io.M : 4 * plan.token_tiles;
-  BitPlanesShared s{};
-  s.stage = 4 * p.unit_words() * plan.units_per_stage;
-  s.ring = s.stage * kPlanesStages * plan.warps;
-  s.fragments = plan.split_chunks * tokens * 256;
-  s.steps = round_up(plan.split_chunks * tokens * 4, 16);
-  s.sums = round_up(plan.split_chunks * tokens * p.steps * 4, 16);
-  s.outputs = int64_t(2) * plan.warps * plan.token_tiles * kWarpSize * 8;
-  s.total = s.ring + s.fragments + s.steps + s.sums + s.outputs;
-  return s;
-}
-
-// What can be divided on the host is: a division takes some 100 clocks, and several would go before the first copy.
-struct BitPlanesArguments {
-  BitPlanesProblem problem;
-  BitPlanesPlan plan;
-  float* partial;  // [splits, M, N], or null for one split
-  BitPlanesShared sizes;
-  int unit_words, warp_bits;  // plan.warps is 2^warp_bits
-};
 
 // 1.5 * 2^23 as bits: an int32 sum that starts here is, read as fp32, 12582912 + the sum, exactly, below 2^22. The sums
 // reach 128 * 128 * 127 < 2^21 (planes) and 128 * 255 * 127 < 2^22 (merged). It saves a conversion, which runs at a
@@ -78,67 +41,92 @@ __device__ __forceinline__ float two_terms(int high, int low) {
   return fmaf(h, kHighWeight, l);
 }
 
-// One chunk of one token by a warp, v being columns 4l .. 4l + 3 of lane l: hi and lo as B fragments, the step, the
-// sums of x.
+constexpr int kTokenWords = 64;  // of a token and chunk: hi and lo
+
+// One chunk of one token by half a warp, v being columns 8h .. 8h + 7 of lane h of the half: hi and lo as B fragments,
+// the step, the sums of x. Nothing is stored where the chunk is not `there`.
 //   fragments, words of 4 k: [h 2][term 2][t 4][q 4], where q = 2 (j % 2) + half and h = j / 2 of p = 2j + half: the
 //   two 16-byte reads of the lanes of a quarter of a warp are then 128 adjacent bytes.
 template <int kSteps>
-__device__ __forceinline__ void prepare_chunk(const float (&v)[4], int lane, uint32_t* fragments, float* step,
-                                              float* sums) {
-  float most = 0.0f, sum = 0.0f;
+__device__ __forceinline__ void prepare_chunk(const float (&v)[8], int lane, bool there, uint32_t* fragments,
+                                              float* factors) {
+  constexpr int kLanes = 16, kStepLanes = kLanes / kSteps;
+  const int h = lane % kLanes;
+  float most = 0.0f, sums[2] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(v[i])), sum += v[i];
+  for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[i])), sums[i / 4] += v[i];
+  float sum = sums[0] + sums[1];
 #pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+  for (int distance = 1; distance < kLanes; distance *= 2) {
     most = fmaxf(most, __shfl_xor_sync(kFullMask, most, distance));
-    if (distance < kWarpSize / kSteps) sum += __shfl_xor_sync(kFullMask, sum, distance);
+    if (distance < kStepLanes) sum += __shfl_xor_sync(kFullMask, sum, distance);
   }
   most = fmaxf(most, 1e-30f);  // keeps 127 / most finite
   const float scale = 127.0f / most;
-  uint32_t high = 0, low = 0;
+  uint32_t high[2] = {}, low[2] = {};
   bool finite = true;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 8; ++i) {
     finite = finite && fabsf(v[i]) <= 3.4028235e38f;
     const float scaled = v[i] * scale;
-    const int h = __float2int_rn(scaled), l = __float2int_rn((scaled - static_cast<float>(h)) * kHighWeight);
-    high |= (static_cast<uint32_t>(h) & 0xffu) << (8 * i);
-    low |= (static_cast<uint32_t>(l) & 0xffu) << (8 * i);
+    const int first = __float2int_rn(scaled), rest = __float2int_rn((scaled - static_cast<float>(first)) * kHighWeight);
+    high[i / 4] |= (static_cast<uint32_t>(first) & 0xffu) << (8 * (i % 4));
+    low[i / 4] |= (static_cast<uint32_t>(rest) & 0xffu) << (8 * (i % 4));
   }
-  const int at = (lane / 16) * 32 + (lane % 4) * 4 + (lane / 4) % 4;
-  fragments[at] = high;
-  fragments[at + 16] = low;
-  const bool all_finite = __all_sync(kFullMask, finite);
-  if (lane == 0) *step = all_finite ? most / kStepsOfMax : __int_as_float(0x7fc00000);
-  if (lane % (kWarpSize / kSteps) == 0) sums[lane / (kWarpSize / kSteps)] = sum;
+  const uint32_t finite_lanes = __ballot_sync(kFullMask, finite) >> (lane & kLanes) & 0xffffu;
+  if (!there) return;
+  // Lanes of the upper columns start with the other t, in whose banks the lower ones are not.
+  const bool upper = h >= 8;
+  const int at = h / 8 * 32 + h % 2 * 8 + h / 2 % 4, one = upper ? at + 4 : at, other = upper ? at : at + 4;
+  fragments[one] = upper ? high[1] : high[0];
+  fragments[one + 16] = upper ? low[1] : low[0];
+  fragments[other] = upper ? high[0] : high[1];
+  fragments[other + 16] = upper ? low[0] : low[1];
+  if (h == 0) factors[0] = finite_lanes == 0xffffu ? most / kStepsOfMax : __int_as_float(0x7fc00000);
+  if (h % kStepLanes == 0) factors[1 + h / kStepLanes] = sum;
 }
 
 // A registers of p for rows g and g + 8: -128 * bit.
 __device__ __forceinline__ uint32_t plane_register(uint32_t word, int p) { return (word << (7 - p)) & 0x80808080u; }
 
-// What a lane needs of the activations of a chunk: B fragments, and of token 4i + t the step and the sums.
+// Where a lane finds its B fragments and, of token 4i + t, the factors. Lanes without a token have the last one's, and
+// results that nobody reads.
+template <int kTiles, int kSteps>
+struct TokensOfLane {
+  int lane, word[kTiles], factor[kTiles];
+  int scale;  // word of the scales in a unit
+
+  __device__ __forceinline__ TokensOfLane(const BitPlanesProblem& p, const BitPlanesPlan& plan, int lane_, int tokens)
+      : lane(lane_) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      word[i] = min(4 * i + g / 2, tokens - 1) * kTokenWords + (g % 2) * 16 + t * 4;
+      factor[i] = plan.fragment_words + min(4 * i + t, tokens - 1) * (1 + kSteps);
+    }
+    scale = 64 * p.bits + slot_row(p.wide, g);
+  }
+};
+
+// Of one chunk.
 template <int kTiles, int kSteps>
 struct ChunkOfX {
   uint32_t b[kTiles][4][2];
   float step[kTiles], sum[kTiles][kSteps];
 
-  __device__ __forceinline__ void load(const uint32_t* fragments, const float* steps, const float* sums, int tokens,
-                                       int lane) {
-    const int g = lane / 4, t = lane % 4;
+  __device__ __forceinline__ ChunkOfX(const TokensOfLane<kTiles, kSteps>& own, const uint32_t* chunk) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const int column_token = 4 * i + g / 2, own_token = 4 * i + t;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        uint4 words = make_uint4(0, 0, 0, 0);
-        if (column_token < tokens) words = load16(fragments + column_token * 64 + h * 32 + (g % 2) * 16 + t * 4);
+        const uint4 words = load16(chunk + own.word[i] + h * 32);
         b[i][2 * h][0] = words.x, b[i][2 * h][1] = words.y;
         b[i][2 * h + 1][0] = words.z, b[i][2 * h + 1][1] = words.w;
       }
-      const bool there = own_token < tokens;
-      step[i] = there ? steps[own_token] : 0.0f;
+      const uint32_t* from = chunk + own.factor[i];
+      step[i] = __uint_as_float(from[0]);
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) sum[i][s] = there ? sums[own_token * kSteps + s] : 0.0f;
+      for (int s = 0; s < kSteps; ++s) sum[i][s] = __uint_as_float(from[1 + s]);
     }
   }
 };
@@ -149,40 +137,50 @@ __device__ __forceinline__ void clear(int (&c)[kTiles][4]) {
   for (int i = 0; i < kTiles; ++i) c[i][0] = c[i][1] = c[i][2] = c[i][3] = kSumZero;
 }
 
-// One unit by planes. acc [i][row g, row g + 8] of token 4i + t.
+// One plane of a unit.
 template <int kTiles, int kSteps>
-__device__ __forceinline__ void add_planes(const BitPlanesProblem& p, const uint32_t* unit, int lane,
-                                           const ChunkOfX<kTiles, kSteps>& x, float (&acc)[kTiles][2]) {
+__device__ __forceinline__ void add_plane(uint2 word, const uint32_t* scales, int step_words, bool wide,
+                                          const ChunkOfX<kTiles, kSteps>& x, float (&scaled)[kTiles][2],
+                                          float (&rest)[kSteps][2]) {
   constexpr int kMmas = 4 / kSteps;
-  const uint32_t* scales = unit + 64 * p.bits;
-  const int g = lane / 4, slots = p.slots();
-  float scaled[kTiles][2] = {}, rest[kSteps][2] = {};
-  for (int b = 0; b < p.bits; ++b) {
-    const uint2 word = load8(unit + b * 64 + lane * 2);
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      int c[kTiles][4];
-      clear(c);
+  for (int s = 0; s < kSteps; ++s) {
+    int c[kTiles][4];
+    clear(c);
 #pragma unroll
-      for (int j = s * kMmas; j < (s + 1) * kMmas; ++j) {
-        const uint32_t a[4] = {plane_register(word.x, 2 * j), plane_register(word.y, 2 * j),
-                               plane_register(word.x, 2 * j + 1), plane_register(word.y, 2 * j + 1)};
+    for (int j = s * kMmas; j < (s + 1) * kMmas; ++j) {
+      const uint32_t a[4] = {plane_register(word.x, 2 * j), plane_register(word.y, 2 * j),
+                             plane_register(word.x, 2 * j + 1), plane_register(word.y, 2 * j + 1)};
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) mma_s8(c[i], a, x.b[i][j]);
-      }
-      const float2 scale = row_pair(scales, p.wide, s * slots + b, g);
-      rest[s][0] -= scale.x, rest[s][1] -= scale.y;
+      for (int i = 0; i < kTiles; ++i) mma_s8(c[i], a, x.b[i][j]);
+    }
+    const float2 scale = pair_at(scales + s * step_words, wide);
+    rest[s][0] -= scale.x, rest[s][1] -= scale.y;
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        scaled[i][0] = fmaf(scale.x, two_terms(c[i][0], c[i][1]), scaled[i][0]);
-        scaled[i][1] = fmaf(scale.y, two_terms(c[i][2], c[i][3]), scaled[i][1]);
-      }
+    for (int i = 0; i < kTiles; ++i) {
+      scaled[i][0] = fmaf(scale.x, two_terms(c[i][0], c[i][1]), scaled[i][0]);
+      scaled[i][1] = fmaf(scale.y, two_terms(c[i][2], c[i][3]), scaled[i][1]);
     }
   }
+}
+
+// One unit by planes. acc [i][row g, row g + 8] of token 4i + t.
+template <int kTiles, int kSteps>
+__device__ __forceinline__ void add_planes(const BitPlanesProblem& p, const TokensOfLane<kTiles, kSteps>& own,
+                                           const uint32_t* unit, const ChunkOfX<kTiles, kSteps>& x,
+                                           float (&acc)[kTiles][2]) {
+  const bool wide = p.wide;
+  const int slot = slot_words(wide), step_words = p.slots() * slot;
+  const uint32_t* scales = unit + own.scale;
+  float scaled[kTiles][2] = {}, rest[kSteps][2] = {};
+  for_planes<kTiles * kSteps <= 2>(p.bits, unit + own.lane * 2, [&](uint2 word, int b) {
+    add_plane(word, scales + b * slot, step_words, wide, x, scaled, rest);
+  });
+  scales += p.bits * slot;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     if (p.has_offsets) {
-      const float2 offset = row_pair(scales, p.wide, s * slots + p.bits, g);
+      const float2 offset = pair_at(scales + s * step_words, wide);
       rest[s][0] += offset.x, rest[s][1] += offset.y;
     }
 #pragma unroll
@@ -201,13 +199,14 @@ __device__ __forceinline__ void add_planes(const BitPlanesProblem& p, const uint
 
 // One unit of merged integers.
 template <int kTiles, int kSteps>
-__device__ __forceinline__ void add_merged(const BitPlanesProblem& p, const uint32_t* unit, int lane,
-                                           const ChunkOfX<kTiles, kSteps>& x, float (&acc)[kTiles][2]) {
+__device__ __forceinline__ void add_merged(const BitPlanesProblem& p, const TokensOfLane<kTiles, kSteps>& own,
+                                           const uint32_t* unit, const ChunkOfX<kTiles, kSteps>& x,
+                                           float (&acc)[kTiles][2]) {
   constexpr int kMmas = 4 / kSteps;
-  const uint32_t* scales = unit + 64 * p.bits;
-  const int g = lane / 4;
+  const int slot = slot_words(p.wide);
+  const uint32_t* scales = unit + own.scale;
   uint32_t rows[2][8];
-  merged_registers(unit, p.bits, lane, rows);
+  merged_registers(unit, p.bits, own.lane, rows);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     int c[kTiles][4];
@@ -218,7 +217,8 @@ __device__ __forceinline__ void add_merged(const BitPlanesProblem& p, const uint
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) mma_u8s8(c[i], a, x.b[i][j]);
     }
-    const float2 scale = row_pair(scales, p.wide, 2 * s, g), zero = row_pair(scales, p.wide, 2 * s + 1, g);
+    const float2 scale = pair_at(scales + 2 * s * slot, p.wide);
+    const float2 zero = pair_at(scales + (2 * s + 1) * slot, p.wide);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const float top = fmaf(two_terms(c[i][0], c[i][1]), x.step[i], -zero.x * x.sum[i][s]);
@@ -233,145 +233,85 @@ __device__ __forceinline__ void add_merged(const BitPlanesProblem& p, const uint
 template <int kTiles>
 constexpr int kBlocksPerSm = kTiles == 4 ? 1 : 2;
 
-template <int kTiles, int kSteps, bool kMerged>
-__global__ void __launch_bounds__(256, kBlocksPerSm<kTiles>) bit_planes_kernel(const BitPlanesArguments arguments) {
-  const BitPlanesProblem& p = arguments.problem;
-  const int warps = arguments.plan.warps, batch = arguments.plan.units_per_stage;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+template <int kTiles_, int kSteps, bool kMerged>
+struct IntegerForm {
+  static constexpr int kTiles = kTiles_, kValues = 2;
+  static constexpr int kFactors = 1 + kSteps;  // of a token and chunk: its step, its sums of x
 
-  const int64_t split_chunks = arguments.plan.split_chunks;
-  const int64_t first_chunk = blockIdx.y * split_chunks;
-  const int chunks = static_cast<int>(first_chunk + split_chunks < p.chunks ? split_chunks : p.chunks - first_chunk);
-  const int own_begin = warp * chunks >> arguments.warp_bits;
-  const int own_count = ((warp + 1) * chunks >> arguments.warp_bits) - own_begin;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.z) * 4 * kTiles;
-  const int tokens = static_cast<int>(p.io.M - first_token < 4 * kTiles ? p.io.M - first_token : 4 * kTiles);
+  static __device__ __forceinline__ void prepare(const BitPlanesPlan& plan, const float (&v)[8], int lane, bool there,
+                                                 int token, int /*tokens*/, uint32_t* chunk) {
+    auto* factors = reinterpret_cast<float*>(chunk + plan.fragment_words);
+    prepare_chunk<kSteps>(v, lane, there, chunk + token * kTokenWords, factors + token * kFactors);
+  }
 
-  const BitPlanesShared& sizes = arguments.sizes;
-  unsigned char* shared = dynamic_shared();
-  unsigned char* ring = shared + warp * kPlanesStages * sizes.stage;
-  auto* fragments = reinterpret_cast<uint32_t*>(shared + sizes.ring);
-  auto* steps = reinterpret_cast<float*>(shared + sizes.ring + sizes.fragments);
-  auto* sums = reinterpret_cast<float*>(shared + sizes.ring + sizes.fragments + sizes.steps);
-  auto* outputs = reinterpret_cast<float*>(shared + sizes.ring + sizes.fragments + sizes.steps + sizes.sums);
+  using Lane = TokensOfLane<kTiles, kSteps>;
 
-  // The warp's units of all its tiles, in batches: batch `next` of tile `next_tile` is copied next.
-  const int unit_words = arguments.unit_words;
-  int64_t next_tile = blockIdx.x;
-  int next = 0, next_stage = 0;
-  const auto copy_batch = [&] {
-    if (next_tile < p.tiles && own_count > 0) {
-      const int units = own_count - next < batch ? own_count - next : batch;
-      const uint32_t* from = p.packed + (next_tile * p.chunks + first_chunk + own_begin + next) * unit_words;
-      unsigned char* to = ring + next_stage * sizes.stage;
-      for (int i = lane; i < units * unit_words / 4; i += kWarpSize) cp_async16_stream(to + 16 * i, from + 4 * i);
-      next += units;
-      if (next >= own_count) next = 0, next_tile += gridDim.x;
-      next_stage = (next_stage + 1) % kPlanesStages;
-    }
-    cp_async_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < kPlanesStages - 1; ++i) copy_batch();
-
-  grid_dependency_wait();
-  launch_dependents();
-  const int prepared = own_count * tokens;
-  for (int first = 0; first < prepared; first += kLoadsOfX) {
-    uint4 bits[kLoadsOfX];
-#pragma unroll
-    for (int i = 0; i < kLoadsOfX; ++i) {
-      const int one = min(first + i, prepared - 1), chunk = own_begin + one / tokens;
-      bits[i] = load_four(p.io, first_token + one % tokens, (first_chunk + chunk) * kPlanesChunk + 4 * lane);
-    }
-#pragma unroll
-    for (int i = 0; i < kLoadsOfX; ++i) {
-      if (first + i >= prepared) break;
-      const int64_t at = static_cast<int64_t>(own_begin) * tokens + first + i;
-      float v[4];
-      as_four(p.io.dtype, bits[i], v);
-      prepare_chunk<kSteps>(v, lane, fragments + at * 64, steps + at, sums + at * kSteps);
+  static __device__ __forceinline__ void add(const BitPlanesProblem& p, const Lane& own, const uint32_t* chunk,
+                                             const uint32_t* unit, float (&acc)[kTiles][kValues]) {
+    const ChunkOfX<kTiles, kSteps> x(own, chunk);
+    if constexpr (kMerged) {
+      add_merged(p, own, unit, x, acc);
+    } else {
+      add_planes(p, own, unit, x, acc);
     }
   }
-  __syncwarp();
 
-  int stage = 0, buffer = 0;
-  for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-    float acc[kTiles][2] = {};
-    for (int done = 0; done < own_count; done += batch) {
-      cp_async_wait<kPlanesStages - 2>();
-      __syncwarp();  // every lane's part of this batch is there, and the one before it has been read
-      copy_batch();
-      const auto* units = reinterpret_cast<const uint32_t*>(ring + stage * sizes.stage);
-      stage = (stage + 1) % kPlanesStages;
-      for (int u = 0; u < batch && done + u < own_count; ++u) {
-        const int64_t at = static_cast<int64_t>(own_begin + done + u) * tokens;
-        ChunkOfX<kTiles, kSteps> x;
-        x.load(fragments + at * 64, steps + at, sums + at * kSteps, tokens, lane);
-        if constexpr (kMerged) {
-          add_merged(p, units + u * unit_words, lane, x, acc);
-        } else {
-          add_planes(p, units + u * unit_words, lane, x, acc);
-        }
-      }
-    }
-
-    // Two buffers: the next tile's sums are written while slow threads still read this one's; one barrier a tile.
-    float* out = outputs + buffer * (sizes.outputs / 8);
-    buffer ^= 1;
+  // outputs of a warp: [n tile][lane][row g, row g + 8]
+  static __device__ __forceinline__ void put(float* out, int lane, const float (&acc)[kTiles][kValues]) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      store8(out + ((warp * kTiles + i) * kWarpSize + lane) * 2,
-             make_uint2(__float_as_uint(acc[i][0]), __float_as_uint(acc[i][1])));
-    }
-    __syncthreads();
-    for (int o = threadIdx.x; o < kPlanesTileRows * tokens; o += blockDim.x) {
-      const int row = o % kPlanesTileRows, m = o / kPlanesTileRows;
-      const int at = (m / 4 * kWarpSize + row % 8 * 4 + m % 4) * 2 + row / 8;
-      float sum = out[at];
-      for (int w = 1; w < warps; ++w) sum += out[w * kTiles * kWarpSize * 2 + at];
-      const int64_t n = tile * kPlanesTileRows + row;
-      if (n >= p.io.N) continue;
-      if (arguments.partial != nullptr) {
-        arguments.partial[(blockIdx.y * p.io.M + first_token + m) * p.io.N + n] = sum;
-      } else {
-        store_result(p.io.y, p.io.bias, p.io.dtype, p.io.N, first_token + m, n, sum);
-      }
+      store8(out + (i * kWarpSize + lane) * 2, make_uint2(__float_as_uint(acc[i][0]), __float_as_uint(acc[i][1])));
     }
   }
+
+  static __device__ __forceinline__ float sum(const float* out, int warps, int /*terms*/, int row, int m) {
+    const int at = (m / 4 * kWarpSize + row % 8 * 4 + m % 4) * 2 + row / 8;
+    float sum = out[at];
+    for (int w = 1; w < warps; ++w) sum += out[w * kTiles * kWarpSize * 2 + at];
+    return sum;
+  }
+};
+
+template <int kTiles, int kSteps, bool kMerged>
+__global__ void __launch_bounds__(256, kBlocksPerSm<kTiles>) bit_planes_kernel(const PlanesArguments arguments) {
+  planes_block<IntegerForm<kTiles, kSteps, kMerged>>(arguments);
 }
 
-template <bool kMerged, int kTiles>
-void launch_steps(const BitPlanesArguments& arguments, const LaunchShape& shape) {
-  switch (arguments.problem.steps) {
+template <int kSteps>
+__global__ void __launch_bounds__(kPrepareWarps* kWarpSize) prepare_integers_kernel(const PlanesArguments arguments) {
+  prepare_block<IntegerForm<1, kSteps, false>>(arguments);
+}
+
+template <bool kMerged, int kSteps>
+void launch_tiles(const PlanesArguments& arguments, const LaunchShape& shape) {
+  if (arguments.plan.separate) {
+    launch(prepare_integers_kernel<kSteps>, prepare_shape(arguments, shape.stream), arguments);
+  }
+  switch (arguments.plan.token_tiles) {
     case 1:
-      return launch(bit_planes_kernel<kTiles, 1, kMerged>, shape, arguments);
+      return launch(bit_planes_kernel<1, kSteps, kMerged>, shape, arguments);
     case 2:
-      return launch(bit_planes_kernel<kTiles, 2, kMerged>, shape, arguments);
+      return launch(bit_planes_kernel<2, kSteps, kMerged>, shape, arguments);
     default:
-      return launch(bit_planes_kernel<kTiles, 4, kMerged>, shape, arguments);
+      return launch(bit_planes_kernel<4, kSteps, kMerged>, shape, arguments);
   }
 }
 
 template <bool kMerged>
-void launch_bit_planes(const BitPlanesProblem& problem, const BitPlanesPlan& plan, float* partial,
-                       const LaunchShape& shape) {
-  BitPlanesArguments arguments{problem, plan, partial, bit_planes_shared(problem, plan), int(problem.unit_words()), 0};
-  while ((1 << arguments.warp_bits) < plan.warps) ++arguments.warp_bits;
-  switch (arguments.plan.token_tiles) {
+void launch_bit_planes(const PlanesArguments& arguments, const LaunchShape& shape) {
+  switch (arguments.problem.steps) {
     case 1:
-      return launch_steps<kMerged, 1>(arguments, shape);
+      return launch_tiles<kMerged, 1>(arguments, shape);
     case 2:
-      return launch_steps<kMerged, 2>(arguments, shape);
+      return launch_tiles<kMerged, 2>(arguments, shape);
     default:
-      return launch_steps<kMerged, 4>(arguments, shape);
+      return launch_tiles<kMerged, 4>(arguments, shape);
   }
 }
 
 }  // namespace
 
 // Defined in merged_planes.cu, so that the two kinds compile side by side.
-void launch_merged_planes(const BitPlanesProblem& problem, const BitPlanesPlan& plan, float* partial,
-                          const LaunchShape& shape);
+void launch_merged_planes(const PlanesArguments& arguments, const LaunchShape& shape);
 
 }  // namespace lutgemm::cuda

@@ -10,7 +10,7 @@ namespace lutgemm::cuda {
 constexpr int kPlanesTileRows = 16;  // rows of W in a unit: the M side of an mma
 constexpr int kPlanesChunk = 128;    // columns of W in a unit: 4 mma of 32
 constexpr int kPlanesTokens = 16;    // most tokens of one pass over the weights
-constexpr int kPlanesStages = 4;     // of a warp's ring of units in shared memory
+constexpr int kPlanesStages = 3;     // of a warp's ring of units in shared memory
 
 // The layout is gpu_layouts/bit_planes.py's: packed [tiles, chunks, unit_words] uint32.
 struct BitPlanesProblem {
@@ -32,12 +32,18 @@ struct BitPlanesProblem {
 };
 
 struct BitPlanesPlan {
-  int token_tiles;       // n tiles of an mma, of 4 tokens each: 1, 2 or 4
+  int token_tiles;       // n tiles of an mma
+  int tokens;            // of a block: of one pass over the weights
+  int terms;             // n columns of a token
+  int fragment_words;    // activations of a chunk in shared memory
+  int factor_floats;     // what goes with them
+  int warp_floats;       // sums of a warp for a tile
   int warps;             // of a block; they share the chunks of a tile
   int units_per_stage;   // copied together
   int64_t splits;        // of the chunks over blocks
   int64_t split_chunks;  // of every split but the last
   int64_t blocks;        // over the tiles; each takes every blocks-th
+  bool separate;         // a kernel before this one prepares the activations
   size_t shared_bytes;
 };
 

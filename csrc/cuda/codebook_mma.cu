@@ -1,5 +1,5 @@
 // Codebook weights on tensor cores: centroids from copies of the codebooks in shared memory straight into fragments of
-// mma m16n8k16, for up to 16 tokens at a time.
+// mma m16n8k16, for up to 16 tokens at a time (more: codebook_gemm.cu).
 //
 //   y[m, n] = sum over groups g of scales[n, g] *
 //             sum over planes p and k in g of tables[p, codes[p, n, k / v], k % v] * x[m, k]
@@ -18,13 +18,14 @@
 //
 // Counts for 32 rows and 16 inputs of one codebook of v = 4, 1024 bits of codes: 4 look-ups of 2 wavefronts, and 1 of x
 // for up to 4 tokens, 2 for 8, 4 for 16. So shared memory takes 114, 102, 85 bits a clock; with 2 codebooks of v = 8 it
-// takes 60. Instructions: 25, and 130 for loads and the end of a group every 8 such steps: 100 bits a clock. Derived,
-// not measured.
+// takes 60. Instructions in the SASS of sm_90: 22, and 125 for loads and the end of a group every 8 such steps: 109
+// bits a clock. Derived, not measured.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/codebook_mma.cuh"
+#include "cuda/codebook_wgmma.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
@@ -35,16 +36,112 @@ namespace {
 
 using namespace mma_parts;
 
-template <int kVec, bool kBf16, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments a) {
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kSumStride = 40;  // of a token's 32 sums: neighbouring tokens are 8 banks apart
+constexpr int kMostTableBytes = 128 << 10;
+constexpr int kLeastStagedBytes = 24 << 10;  // left for x, rather than more copies
+constexpr int kMostStagedBytes = 68 << 10;   // 8 tokens of K = 4096, so that one pass needs no second kernel
+
+// Bytes from one token's staged x to the next: a phase of 4 (2) tokens is spread over all banks.
+template <int kVec>
+__device__ __forceinline__ int token_bytes(int steps) {
+  return steps * Shape<kVec>::kInputs * 2 + 4 * Shape<kVec>::kPieceInputs * 2;
+}
+
+// x of this pass for steps first .. first + steps - 1: [token][step][piece][4 lanes][kPieceInputs], zeros past the end
+// of a group and of K.
+template <int kVec>
+__device__ __forceinline__ void stage_x(const MmaArguments& a, int first, int steps, unsigned char* staged) {
   using S = Shape<kVec>;
+  const int pieces = steps * 4 * S::kPieces, stride = token_bytes<kVec>(steps), first_k = first * S::kInputs;
+  const int K = static_cast<int>(a.io.K);
+#pragma unroll 1
+  for (int token = 0; token < a.tokens; ++token) {
+    const uint16_t* x = static_cast<const uint16_t*>(a.io.x) + (a.token_base + token) * a.io.x_stride;
+    unsigned char* to = staged + token * stride;
+    int done = 0;                                      // pieces
+    if (S::kPieces == 1 && a.straight && a.aligned) {  // then the layout is that of x
+      const int whole = max(min(steps * S::kInputs, K - first_k), 0) / 8;
+      for (int i = threadIdx.x; i < whole; i += kThreads) store16(to + 16 * i, load16(x + first_k + 8 * i));
+      done = whole * (8 / S::kPieceInputs);
+    }
+    for (int i = done + threadIdx.x; i < pieces; i += kThreads) {
+      const int step = i / (4 * S::kPieces), piece = i / 4 % S::kPieces, t = i % 4;
+      int k = first_k + step * S::kInputs, end = K;
+      if (!a.straight) {
+        const int group = (first + step) / a.steps.steps_per_group;
+        k = group * a.group_size + (first + step - group * a.steps.steps_per_group) * S::kInputs;
+        end = min(end, (group + 1) * a.group_size);
+      }
+      k += t * S::kWidth + piece * S::kPieceInputs;
+      uint32_t words[S::kPieceInputs / 2];
+#pragma unroll
+      for (int d = 0; d < S::kPieceInputs; d += 2) {
+        const uint32_t low = k + d < end ? x[k + d] : 0, high = k + d + 1 < end ? x[k + d + 1] : 0;
+        words[d / 2] = low | high << 16;
+      }
+      if constexpr (S::kPieceInputs == 8) {
+        store16(to + 16 * i, make_uint4(words[0], words[1], words[2], words[3]));
+      } else {
+        store8(to + 8 * i, make_uint2(words[0], words[1]));
+      }
+    }
+  }
+}
+
+// What a lane reads of that: pieces of its token of each octet. Words of tokens that are not there are masked: as
+// constants, the compiler would bring each mma its own copy of A.
+template <int kVec, int kOctets>
+struct StagedX {
+  using S = Shape<kVec>;
+  const unsigned char* at[kOctets];
+  uint32_t masks[2];  // of tokens r and r + 8; 0 or ~0
+
+  __device__ __forceinline__ StagedX(const MmaArguments& a, const unsigned char* staged, int token_stride) {
+    const int lane = threadIdx.x % kWarpSize, r = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = 8 * i + r;
+      masks[i] = token < a.tokens ? ~0u : 0u;
+      if (i < kOctets) at[i] = staged + min(token, a.tokens - 1) * token_stride + t * (S::kPieceInputs * 2);
+    }
+  }
+
+  __device__ __forceinline__ bool there(int octet) const { return masks[octet] != 0; }
+
+  __device__ __forceinline__ void load(int step, int, uint32_t (&x)[S::kMmas][4]) const {
+#pragma unroll
+    for (int piece = 0; piece < S::kPieces; ++piece) {
+      const int from = step * (S::kInputs * 2) + piece * (S::kPieceInputs * 8);
+      uint32_t words[2][S::kPieceInputs / 2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (S::kPieceInputs == 8) {
+          const uint4 v = load16(at[i % kOctets] + from);
+          words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
+        } else {
+          const uint2 v = load8(at[i % kOctets] + from);
+          words[i][0] = v.x, words[i][1] = v.y;
+        }
+#pragma unroll
+        for (int w = 0; w < S::kPieceInputs / 2; ++w) {
+          x[piece * (S::kPieceInputs / 4) + w / 2][i + w % 2 * 2] = words[i][w] & masks[i];
+        }
+      }
+    }
+  }
+};
+
+template <int kVec, bool kBf16, int kOctets>
+__global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments a) {
   unsigned char* table = dynamic_shared();
-  unsigned char* staged = table + a.plan.table_bytes;
-  float* sums = reinterpret_cast<float*>(staged + a.plan.x_bytes);  // [warp][token][kSumStride]
+  unsigned char* staged = table + a.table_bytes;
+  float* sums = reinterpret_cast<float*>(staged + a.x_bytes);  // [warp][token][kSumStride]
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);  // one value a warp, as the compiler then knows
-  const int first_chunk = blockIdx.y * a.plan.split_chunks;
-  const int end_chunk = min(first_chunk + a.plan.split_chunks, a.steps.chunks);
+  const int first_chunk = blockIdx.y * a.split_chunks;
+  const int end_chunk = min(first_chunk + a.split_chunks, a.steps.chunks);
   const int units = (end_chunk - first_chunk) / a.steps.unit_chunks;
   const int warp_begin = first_chunk + units * warp / kWarps * a.steps.unit_chunks;
   const int warp_end = first_chunk + units * (warp + 1) / kWarps * a.steps.unit_chunks;
@@ -52,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments 
   const int block_steps = end_chunk * kChunkItems / a.steps.items - first_step;
 
   // The chunks of this warp, tile after tile; those `ahead` are under way.
-  constexpr int kAhead = kTokenTiles == 2 && kVec == 8 ? 1 : 2;  // as registers allow: up to 2 KB a warp, 32 KB a block
+  constexpr int kAhead = kOctets == 2 && kVec == 8 ? 1 : 2;  // as registers allow: up to 2 KB a warp, 32 KB a block
   const int64_t load_bytes = static_cast<int64_t>(a.steps.chunks) * kChunkBytes;  // 16 rows
   const int warp_chunks = warp_end - warp_begin;
   const int64_t to_next_tile = kLoads * load_bytes * gridDim.x - static_cast<int64_t>(warp_chunks) * kChunkBytes;
@@ -75,20 +172,22 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments 
   };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) load_next(ahead[i]);
-  fill_table<kVec>(a, table);
+  fill_table<kVec, kThreads>(a, table);
   grid_dependency_wait();
   stage_x<kVec>(a, first_step, block_steps, staged);
   __syncthreads();
   launch_dependents();
 
-  WarpSums<kVec, kBf16, kTokenTiles> w(a, table, staged, token_bytes<kVec>(block_steps), first_step);
+  using X = StagedX<kVec, kOctets>;
+  const X x(a, staged, token_bytes<kVec>(block_steps));
+  WarpSums<kVec, kBf16, kOctets, X> w(a, x, table, first_step);
   const int r = lane / 4, t = lane % 4;
   const float unit = a.units[0] * a.units[1];
 
   for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
     w.begin(tile, warp_begin);
     for (int chunk = warp_begin; chunk < warp_end; ++chunk) {
-      w.chunk(ahead[0]);
+      w.template chunk<false>(ahead[0]);
 #pragma unroll
       for (int i = 0; i + 1 < kAhead; ++i) {
 #pragma unroll
@@ -99,12 +198,12 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments 
     w.end_group();
 
 #pragma unroll
-    for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
-      if (!w.has_token[token_tile]) continue;
-      float* to = sums + (warp * a.tokens + token_tile * 8 + r) * kSumStride + 2 * t;
+    for (int octet = 0; octet < kOctets; ++octet) {
+      if (!x.there(octet)) continue;
+      float* to = sums + (warp * a.tokens + octet * 8 + r) * kSumStride + 2 * t;
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
-        const float* pair = &w.outer[f][2 * token_tile];
+        const float* pair = &w.outer[f][2 * octet];
         store8(to + 8 * f, make_uint2(__float_as_uint(pair[0]), __float_as_uint(pair[1])));
       }
     }
@@ -116,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments 
 #pragma unroll
       for (int other = 0; other < kWarps; ++other) sum += sums[(other * a.tokens + token) * kSumStride + row];
       if (n < a.io.N) {
-        if (a.plan.splits > 1) {
+        if (a.splits > 1) {
           a.partial[(static_cast<int64_t>(blockIdx.y) * a.tokens + token) * a.io.N + n] = sum * unit;
         } else {
           store_result(a.io.y, a.io.bias, a.io.dtype, a.io.N, m, n, sum * unit);
@@ -128,46 +227,40 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments 
 }
 
 // Other vec_len take 16 tokens in two passes: they are rare, and each of these kernels takes time to compile.
-constexpr bool has_two_token_tiles(int vec_len) { return vec_len == 4 || vec_len == 8; }
+constexpr bool has_two_octets(int vec_len) { return vec_len == 4 || vec_len == 8; }
 
 template <int kVec, bool kBf16>
-void launch_mma(const MmaArguments& a, const Gpu& gpu) {
-  const LaunchShape shape{dim3(a.plan.blocks, a.plan.splits), dim3(kThreads),
-                          static_cast<size_t>(a.plan.table_bytes + a.plan.x_bytes + a.plan.sum_bytes), gpu.stream,
-                          true};
-  if constexpr (has_two_token_tiles(kVec)) {
-    if (a.plan.token_tiles == 2) return launch(codebook_mma_kernel<kVec, kBf16, 2>, shape, a);
+void launch_mma(const MmaArguments& a, const CodebookMmaPlan& plan, const Gpu& gpu) {
+  const LaunchShape shape{dim3(plan.blocks, plan.splits), dim3(kThreads),
+                          static_cast<size_t>(plan.table_bytes + plan.x_bytes + plan.sum_bytes), gpu.stream, true};
+  if constexpr (has_two_octets(kVec)) {
+    if (plan.octets == 2) return launch(codebook_mma_kernel<kVec, kBf16, 2>, shape, a);
   }
   launch(codebook_mma_kernel<kVec, kBf16, 1>, shape, a);
 }
 
 template <int kVec>
-void launch_mma(const MmaArguments& a, const Gpu& gpu) {
+void launch_mma(const MmaArguments& a, const CodebookMmaPlan& plan, const Gpu& gpu) {
   if (a.io.dtype == DType::kBFloat16) {
-    launch_mma<kVec, true>(a, gpu);
+    launch_mma<kVec, true>(a, plan, gpu);
   } else {
-    launch_mma<kVec, false>(a, gpu);
+    launch_mma<kVec, false>(a, plan, gpu);
   }
 }
 
-int64_t pass_tokens(const CodebookMmaPlan& plan, int64_t M) { return std::min<int64_t>(M, 8 * plan.token_tiles); }
+int64_t pass_tokens(const CodebookMmaPlan& plan, int64_t M) { return std::min<int64_t>(M, 8 * plan.octets); }
 
 }  // namespace
 
 CodebookMmaPlan plan_codebook_mma(const CodebookMmaProblem& p, int sm_count, int shared_limit) {
   const MmaSteps steps = mma_steps(p.io.K, p.group_size, p.planes, p.vec_len);
   CodebookMmaPlan plan{};
-  plan.token_tiles = p.io.M > 8 && has_two_token_tiles(p.vec_len) ? 2 : 1;
+  plan.octets = p.io.M > 8 && has_two_octets(p.vec_len) ? 2 : 1;
   const int64_t tokens = pass_tokens(plan, p.io.M), tiles = ceil_div(p.io.N, kMmaTileRows);
 
-  // 128 bytes of copies, or as many as fit: at least 16 bytes.
-  const int part = std::min(2 * p.vec_len, 16);
-  const int64_t copy_bytes = (int64_t(p.planes) << p.codebook_bits) * 2 * p.vec_len;
   plan.sum_bytes = static_cast<int>(kWarps * tokens * kSumStride * 4);
-  const int64_t table_room = std::min(kMostTableBytes, shared_limit - plan.sum_bytes - kLeastStagedBytes);
-  plan.copies = 128 / part;
-  while (copy_bytes * plan.copies > table_room && plan.copies * part > 16) plan.copies /= 2;
-  plan.table_bytes = static_cast<int>(copy_bytes * plan.copies);
+  plan.copies = table_copies(p, std::min(kMostTableBytes, shared_limit - plan.sum_bytes - kLeastStagedBytes));
+  plan.table_bytes = static_cast<int>(copy_bytes(p) * plan.copies);
 
   // Splits of K: enough for staged x to fit, and to give every multiprocessor a tile.
   const int64_t units = steps.chunks / steps.unit_chunks;
@@ -187,50 +280,43 @@ CodebookMmaPlan plan_codebook_mma(const CodebookMmaProblem& p, int sm_count, int
 }
 
 int64_t codebook_mma_workspace(const CodebookMmaProblem& p, const Gpu& gpu) {
+  if (const CodebookWgmmaPlan plan = plan_codebook_wgmma(p, gpu); plan.splits > 0) {
+    return plan.token_bytes + plan.scale_bytes + split_workspace(p.io, plan.splits);
+  }
+  if (const CodebookGemmPlan many = plan_codebook_gemm(p, gpu.sm_count, gpu.shared_bytes); many.splits > 0) {
+    return split_workspace(p.io, many.splits);
+  }
   const CodebookMmaPlan plan = plan_codebook_mma(p, gpu.sm_count, gpu.shared_bytes);
   return plan.splits > 1 ? plan.splits * pass_tokens(plan, p.io.M) * p.io.N * 4 : 0;
 }
 
 void codebook_mma(const CodebookMmaProblem& p, const Gpu& gpu) {
+  if (const CodebookWgmmaPlan plan = plan_codebook_wgmma(p, gpu); plan.splits > 0) return codebook_wgmma(p, plan, gpu);
+  if (const CodebookGemmPlan many = plan_codebook_gemm(p, gpu.sm_count, gpu.shared_bytes); many.splits > 0) {
+    return codebook_gemm(p, many, gpu);
+  }
   const CodebookMmaPlan plan = plan_codebook_mma(p, gpu.sm_count, gpu.shared_bytes);
   if (plan.splits == 0) {
     throw std::runtime_error("codebook_mma: the codebooks do not fit in the " + std::to_string(gpu.shared_bytes) +
                              " bytes of shared memory that a block of this GPU gets; use algorithm \"codegemm\"");
   }
-  MmaArguments a{};
-  a.io = p.io;
-  a.steps = mma_steps(p.io.K, p.group_size, p.planes, p.vec_len);
-  a.plan = plan;
-  a.codes = static_cast<const unsigned char*>(p.codes);
-  a.scales = static_cast<const unsigned char*>(p.scales);
-  a.float_scales = p.float_scales;
-  a.tables = static_cast<const unsigned char*>(p.tables);
-  a.units = p.units;
-  a.partial = static_cast<float*>(p.workspace);
-  a.group_size = static_cast<int>(std::min(p.group_size, p.io.K));
-  a.planes = p.planes;
-  a.entries = 1 << p.codebook_bits;
-  a.tiles = static_cast<int>(ceil_div(p.io.N, kMmaTileRows));
-  const int group_items = a.steps.steps_per_group * a.steps.items;
-  const bool whole = p.planes <= 2 && (a.steps.groups == 1 || group_items % kChunkItems == 0);
-  a.whole_planes = whole ? p.planes : 0;
-  a.straight = a.steps.groups == 1 || p.group_size % (4 * a.steps.width) == 0;
-  a.aligned = p.io.x_stride % 8 == 0;
-  for (int64_t first = 0; first < p.io.M; first += 8 * plan.token_tiles) {
-    a.tokens = static_cast<int>(std::min<int64_t>(8 * plan.token_tiles, p.io.M - first));
+  MmaArguments a = mma_arguments(p, plan.copies);
+  a.splits = plan.splits, a.split_chunks = plan.split_chunks, a.x_bytes = plan.x_bytes;
+  for (int64_t first = 0; first < p.io.M; first += 8 * plan.octets) {
+    a.tokens = static_cast<int>(std::min<int64_t>(8 * plan.octets, p.io.M - first));
     a.token_base = first;
     switch (p.vec_len) {
       case 2:
-        launch_mma<2>(a, gpu);
+        launch_mma<2>(a, plan, gpu);
         break;
       case 4:
-        launch_mma<4>(a, gpu);
+        launch_mma<4>(a, plan, gpu);
         break;
       case 8:
-        launch_mma<8>(a, gpu);
+        launch_mma<8>(a, plan, gpu);
         break;
       default:
-        launch_mma<16>(a, gpu);
+        launch_mma<16>(a, plan, gpu);
     }
     if (plan.splits > 1) {
       GpuIo io = p.io;

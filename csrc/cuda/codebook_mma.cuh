@@ -1,5 +1,9 @@
-// What codebook_mma.cu is made of: x and the codebooks into shared memory, codes into fragments, sums of one warp.
+// What codebook_mma.cu and codebook_gemm.cu share: the codebooks into shared memory, codes into fragments, sums of one
+// warp.
 #pragma once
+
+#include <cstring>
+#include <type_traits>
 
 #include "cuda/codebook_mma.h"
 #include "cuda/device.cuh"
@@ -7,34 +11,87 @@
 
 namespace lutgemm::cuda::mma_parts {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kLaneBytes = 16;  // of a chunk, for 16 rows
 constexpr int kChunkBytes = kWarpSize * kLaneBytes;
 constexpr int kLoads = kMmaTileRows / 16;  // of a chunk
 constexpr int kFragments = kMmaTileRows / 8;
-constexpr int kSumStride = 40;  // of a token's 32 sums: neighbouring tokens are 8 banks apart
-constexpr int kMostTableBytes = 128 << 10;
-constexpr int kLeastStagedBytes = 24 << 10;  // left for x, rather than more copies
-constexpr int kMostStagedBytes = 68 << 10;   // 8 tokens of K = 4096, so that one pass needs no second kernel
 
+// Of a launch, for both kernels.
 struct MmaArguments {
   GpuIo io;
   MmaSteps steps;
-  CodebookMmaPlan plan;
   const unsigned char* codes;
   const unsigned char* scales;
   bool float_scales;
   const unsigned char* tables;
   const float* units;
   float* partial;  // [splits, M, N] where there are several
-  int group_size, planes, entries, tiles;
-  int tokens;  // of this pass, from token_base
+  int splits, split_chunks;
+  int group_size, planes, tiles;
+  int entry_bits;           // log2 of the entries of a codebook
+  int copies, table_bytes;  // of the codebooks in shared memory
+  int piece_bits;           // log2 of the pieces of 16 bytes of an entry's copies
+  int x_bytes;              // of the staged x: of one stage in codebook_gemm
+  int tokens;               // of this pass, from token_base; codebook_gemm: all
   int64_t token_base;
+  int stage_chunks;  // codebook_gemm
+  int token_blocks;  // codebook_gemm
   int whole_planes;  // 1, 2: that many planes, and every group a whole number of chunks; 0: anything else
   bool straight;     // inputs of a step follow one another through all groups
-  bool aligned;      // rows of x start at multiples of 16 bytes
+  bool aligned;      // rows of x start at multiples of 16 bytes; codebook_gemm: of 4
 };
+
+// Bytes of one copy of the codebooks, and of the part of an entry that is loaded at once.
+inline int64_t copy_bytes(const CodebookMmaProblem& p) {
+  return (int64_t(p.planes) << p.codebook_bits) * 2 * p.vec_len;
+}
+inline int part_bytes(const CodebookMmaProblem& p) { return p.vec_len < 8 ? 2 * p.vec_len : 16; }
+
+// 128 bytes of copies of an entry, or as many as fit in `room`: at least 16 bytes.
+inline int table_copies(const CodebookMmaProblem& p, int64_t room) {
+  int copies = 128 / part_bytes(p);
+  while (copy_bytes(p) * copies > room && copies * part_bytes(p) > 16) copies /= 2;
+  return copies;
+}
+
+// Units of K for each of as many splits as end first, with the time that their partial sums take to L2 and back, at
+// some 3 KB a clock, and the kernel that adds them.
+inline int64_t best_split(const GpuIo& io, int64_t blocks, int64_t units, int64_t unit_clocks, int sm_count) {
+  int64_t least = INT64_MAX, best = units;
+  for (int64_t splits = 1; splits <= (units < 64 ? units : 64); ++splits) {
+    const int64_t each = ceil_div(units, splits);
+    const int64_t rounds = ceil_div(blocks * ceil_div(units, each), sm_count);
+    const int64_t clocks =
+        rounds * (3000 + each * unit_clocks) + (splits > 1 ? 2500 + splits * io.M * io.N * 8 / 3000 : 0);
+    if (clocks < least) least = clocks, best = each;
+  }
+  return best;
+}
+
+inline MmaArguments mma_arguments(const CodebookMmaProblem& p, int copies) {
+  MmaArguments a{};
+  a.io = p.io;
+  a.steps = mma_steps(p.io.K, p.group_size, p.planes, p.vec_len);
+  a.codes = static_cast<const unsigned char*>(p.codes);
+  a.scales = static_cast<const unsigned char*>(p.scales);
+  a.float_scales = p.float_scales;
+  a.tables = static_cast<const unsigned char*>(p.tables);
+  a.units = p.units;
+  a.partial = static_cast<float*>(p.workspace);
+  a.group_size = static_cast<int>(p.group_size < p.io.K ? p.group_size : p.io.K);
+  a.planes = p.planes;
+  a.tiles = static_cast<int>(ceil_div(p.io.N, kMmaTileRows));
+  a.entry_bits = p.codebook_bits;
+  a.copies = copies;
+  a.table_bytes = static_cast<int>(copy_bytes(p) * copies);
+  while (16 << a.piece_bits < copies * part_bytes(p)) ++a.piece_bits;
+  const int group_items = a.steps.steps_per_group * a.steps.items;
+  const bool whole = p.planes <= 2 && (a.steps.groups == 1 || group_items % kChunkItems == 0);
+  a.whole_planes = whole ? p.planes : 0;
+  a.straight = a.steps.groups == 1 || p.group_size % (4 * a.steps.width) == 0;
+  a.aligned = p.io.x_stride % 8 == 0;
+  return a;
+}
 
 template <int kVec>
 struct Shape {
@@ -48,22 +105,15 @@ struct Shape {
   static constexpr int kPieces = kWidth / kPieceInputs;
 };
 
-// Bytes from one token's staged x to the next: a phase of 4 (2) tokens is spread over all banks.
-template <int kVec>
-__device__ __forceinline__ int token_bytes(int steps) {
-  return steps * Shape<kVec>::kInputs * 2 + 4 * Shape<kVec>::kPieceInputs * 2;
-}
-
 // Copies of the table's entries, 16 bytes a thread.
-template <int kVec>
+template <int kVec, int kThreads>
 __device__ __forceinline__ void fill_table(const MmaArguments& a, unsigned char* table) {
   using S = Shape<kVec>;
-  const int pieces = a.plan.copies * S::kPartBytes / 16;
-  for (int i = threadIdx.x; i < a.plan.table_bytes / 16; i += kThreads) {
-    const int entry_part = i / pieces;  // [plane][part][entry]
-    const int entry = entry_part % a.entries, plane_part = entry_part / a.entries;
+  for (int i = threadIdx.x; i < a.table_bytes / 16; i += kThreads) {
+    const int entry_part = i >> a.piece_bits;  // [plane][part][entry]
+    const int entry = entry_part & ((1 << a.entry_bits) - 1), plane_part = entry_part >> a.entry_bits;
     const int plane = plane_part / S::kParts, part = plane_part % S::kParts;
-    const unsigned char* from = a.tables + ((static_cast<int64_t>(plane) * a.entries + entry) * kVec * 2 + part * 16);
+    const unsigned char* from = a.tables + (((plane << a.entry_bits) + entry) * (kVec * 2) + part * 16);
     uint4 value;
     if constexpr (kVec == 2) {
       const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
@@ -75,47 +125,6 @@ __device__ __forceinline__ void fill_table(const MmaArguments& a, unsigned char*
       value = load16(from);
     }
     store16(table + 16 * i, value);
-  }
-}
-
-// x of this pass for steps first .. first + steps - 1: [token][step][piece][4 lanes][kPieceInputs], zeros past the end
-// of a group and of K.
-template <int kVec>
-__device__ __forceinline__ void stage_x(const MmaArguments& a, int first, int steps, unsigned char* staged) {
-  using S = Shape<kVec>;
-  const int pieces = steps * 4 * S::kPieces, stride = token_bytes<kVec>(steps), first_k = first * S::kInputs;
-  const int K = static_cast<int>(a.io.K);
-#pragma unroll 1
-  for (int token = 0; token < a.tokens; ++token) {
-    const uint16_t* x = static_cast<const uint16_t*>(a.io.x) + (a.token_base + token) * a.io.x_stride;
-    unsigned char* to = staged + token * stride;
-    int done = 0;                                      // pieces
-    if (S::kPieces == 1 && a.straight && a.aligned) {  // then the layout is that of x
-      const int whole = max(min(steps * S::kInputs, K - first_k), 0) / 8;
-      for (int i = threadIdx.x; i < whole; i += kThreads) store16(to + 16 * i, load16(x + first_k + 8 * i));
-      done = whole * (8 / S::kPieceInputs);
-    }
-    for (int i = done + threadIdx.x; i < pieces; i += kThreads) {
-      const int step = i / (4 * S::kPieces), piece = i / 4 % S::kPieces, t = i % 4;
-      int k = first_k + step * S::kInputs, end = K;
-      if (!a.straight) {
-        const int group = (first + step) / a.steps.steps_per_group;
-        k = group * a.group_size + (first + step - group * a.steps.steps_per_group) * S::kInputs;
-        end = min(end, (group + 1) * a.group_size);
-      }
-      k += t * S::kWidth + piece * S::kPieceInputs;
-      uint32_t words[S::kPieceInputs / 2];
-#pragma unroll
-      for (int d = 0; d < S::kPieceInputs; d += 2) {
-        const uint32_t low = k + d < end ? x[k + d] : 0, high = k + d + 1 < end ? x[k + d + 1] : 0;
-        words[d / 2] = low | high << 16;
-      }
-      if constexpr (S::kPieceInputs == 8) {
-        store16(to + 16 * i, make_uint4(words[0], words[1], words[2], words[3]));
-      } else {
-        store8(to + 8 * i, make_uint2(words[0], words[1]));
-      }
-    }
   }
 }
 
@@ -140,35 +149,45 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   }
 }
 
-// One warp's part of a tile: items in order, sums of a group in `inner`, scaled into `outer` at its end.
-template <int kVec, bool kBf16, int kTokenTiles>
+// The sum of two pairs of values, each rounded once.
+template <bool kBf16>
+__device__ __forceinline__ uint32_t add_pairs(uint32_t first, uint32_t second) {
+  using Pair = std::conditional_t<kBf16, __nv_bfloat162, __half2>;
+  static_assert(sizeof(Pair) == sizeof(uint32_t));
+  Pair a, b;
+  memcpy(&a, &first, sizeof a);
+  memcpy(&b, &second, sizeof b);
+  a = __hadd2(a, b);
+  memcpy(&first, &a, sizeof a);
+  return first;
+}
+
+// One warp's part of a tile of 32 rows, for octets of 8 tokens: items in order, sums of a group in `inner`, scaled into
+// `outer` at its end. X says where x is: load(step, tile of 16 tokens, fragments of A for each mma).
+template <int kVec, bool kBf16, int kOctets, typename X>
 struct WarpSums {
   using S = Shape<kVec>;
+  static constexpr int kTokenTiles = (kOctets + 1) / 2;  // of 16: of A
   const MmaArguments& a;
-  const unsigned char* table;   // of this lane's copy
-  const unsigned char* staged;  // of this lane's token and inputs, of its first token tile
-  int entry_bytes, plane_bytes, tile_stride;
-  int first_step;  // of the block
-  bool has_token[kTokenTiles];
+  const X& staged;
+  const unsigned char* table;  // of this lane's copy
+  int entry_bytes, plane_bytes;
+  int first_step;  // of what is staged
 
-  float outer[kFragments][2 * kTokenTiles];  // row 2t, 2t + 1 of token r, then of token r + 8
-  float inner[kFragments][4];
-  uint32_t x[S::kMmas][4];
+  float outer[kFragments][2 * kOctets];  // row 2t, 2t + 1 of token r, then of token r + 8, ..
+  float inner[kFragments][kTokenTiles][4];
+  uint32_t x[kTokenTiles][S::kMmas][4];
   uint4 scales;  // of the group, fp16; fp32 ones are loaded at its end
   int tile, item, step, in_group, group;
 
-  __device__ __forceinline__ WarpSums(const MmaArguments& arguments, const unsigned char* tables,
-                                      const unsigned char* x_at, int token_stride, int block_first_step)
+  __device__ __forceinline__ WarpSums(const MmaArguments& arguments, const X& x_staged, const unsigned char* tables,
+                                      int block_first_step)
       : a(arguments),
-        entry_bytes(arguments.plan.copies * S::kPartBytes),
-        plane_bytes(entry_bytes * arguments.entries * S::kParts),
-        tile_stride(8 * token_stride),
+        staged(x_staged),
+        entry_bytes(arguments.copies * S::kPartBytes),
+        plane_bytes((entry_bytes * S::kParts) << arguments.entry_bits),
         first_step(block_first_step) {
-    const int lane = threadIdx.x % kWarpSize, r = lane / 4, t = lane % 4;
-    table = tables + lane % a.plan.copies * S::kPartBytes;
-    staged = x_at + r * token_stride + t * (S::kPieceInputs * 2);
-#pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) has_token[i] = i * 8 + r < a.tokens;
+    table = tables + threadIdx.x % kWarpSize % a.copies * S::kPartBytes;
   }
 
   __device__ __forceinline__ void begin(int tile_, int chunk) {
@@ -181,7 +200,7 @@ struct WarpSums {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-      for (int i = 0; i < 2 * kTokenTiles; ++i) outer[f][i] = 0.f;
+      for (int i = 0; i < 2 * kOctets; ++i) outer[f][i] = 0.f;
     }
     clear_inner();
   }
@@ -190,66 +209,47 @@ struct WarpSums {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) inner[f][i] = 0.f;
+      for (int i = 0; i < 4 * kTokenTiles; ++i) inner[f][i / 4][i % 4] = 0.f;
     }
   }
 
-  __device__ __forceinline__ void add_scaled(int f, float low, float high) {
-#pragma unroll
-    for (int i = 0; i < 2 * kTokenTiles; ++i) outer[f][i] = fmaf(inner[f][i], i % 2 ? high : low, outer[f][i]);
-  }
-
   __device__ __forceinline__ void end_group() {
+    float scale[kFragments][2];
     if (a.float_scales) {
       const unsigned char* from = scales_at(a, tile, group);
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
         const uint2 wide = load8(from + 8 * f);
-        add_scaled(f, __uint_as_float(wide.x), __uint_as_float(wide.y));
+        scale[f][0] = __uint_as_float(wide.x), scale[f][1] = __uint_as_float(wide.y);
       }
     } else {
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
         const uint32_t pair = part(scales, f);
-        add_scaled(f, __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xffffu))),
-                   __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16))));
+        scale[f][0] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xffffu)));
+        scale[f][1] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
       }
+    }
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int i = 0; i < 2 * kOctets; ++i) outer[f][i] = fmaf(inner[f][i / 4][i % 4], scale[f][i % 2], outer[f][i]);
     }
     clear_inner();
   }
 
   __device__ __forceinline__ void load_x(int at_step) {
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-#pragma unroll
-      for (int piece = 0; piece < S::kPieces; ++piece) {
-        if (t >= kTokenTiles) {
-#pragma unroll
-          for (int m = 0; m < S::kMmas; ++m) x[m][1] = x[m][3] = 0;
-          continue;
-        }
-        const unsigned char* from =
-            staged + t * tile_stride + at_step * (S::kInputs * 2) + piece * (S::kPieceInputs * 8);
-        const bool there = has_token[t % kTokenTiles];
-        if constexpr (S::kPieceInputs == 8) {
-          const uint4 v = there ? load16(from) : make_uint4(0, 0, 0, 0);
-          x[2 * piece][t] = v.x, x[2 * piece][2 + t] = v.y;
-          x[2 * piece + 1][t] = v.z, x[2 * piece + 1][2 + t] = v.w;
-        } else {
-          const uint2 v = there ? load8(from) : make_uint2(0, 0);
-          x[0][t] = v.x, x[0][2 + t] = v.y;
-        }
-      }
-    }
+    for (int t = 0; t < kTokenTiles; ++t) staged.load(at_step, t, x[t]);
   }
 
   // One row's centroid (two of v = 2): words[m] are its part of mma m.
-  __device__ __forceinline__ void centroid(int plane, uint32_t code, uint32_t second_code,
+  __device__ __forceinline__ void centroid(int plane, const uint32_t (&codes)[S::kSlots],
                                            uint32_t (&words)[S::kMmas][2]) {
-    const unsigned char* at = table + plane * plane_bytes + code * entry_bytes;
+    const unsigned char* at = table + plane * plane_bytes + codes[0] * entry_bytes;
     if constexpr (kVec == 2) {
       words[0][0] = *reinterpret_cast<const uint32_t*>(at);
-      words[0][1] = *reinterpret_cast<const uint32_t*>(table + plane * plane_bytes + second_code * entry_bytes);
+      words[0][1] = *reinterpret_cast<const uint32_t*>(table + plane * plane_bytes + codes[1] * entry_bytes);
     } else if constexpr (kVec == 4) {
       const uint2 v = load8(at);
       words[0][0] = v.x, words[0][1] = v.y;
@@ -263,14 +263,11 @@ struct WarpSums {
     }
   }
 
-  // One plane of a step: codes[f][slot] of a row of fragment f.
-  __device__ __forceinline__ void multiply(int plane, const uint32_t (&codes)[kFragments][S::kSlots]) {
+  __device__ __forceinline__ void multiply(int f, const uint32_t (&words)[S::kMmas][2]) {
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-      uint32_t words[S::kMmas][2];
-      centroid(plane, codes[f][0], codes[f][S::kSlots - 1], words);
+    for (int m = 0; m < S::kMmas; ++m) {
 #pragma unroll
-      for (int m = 0; m < S::kMmas; ++m) mma<kBf16>(inner[f], x[m], words[m]);
+      for (int t = 0; t < kTokenTiles; ++t) mma<kBf16>(inner[f][t], x[t][m], words[m]);
     }
   }
 
@@ -285,28 +282,41 @@ struct WarpSums {
   }
 
   // A chunk that lies in one group and holds whole steps of kPlanes planes; data[l] are the codes of fragments 2l, 2l
-  // + 1.
-  template <int kPlanes>
+  // + 1. kSum: of two planes, the sums of their centroids in x's dtype are multiplied.
+  template <int kPlanes, bool kSum>
   __device__ __forceinline__ void whole_steps(const uint4 (&data)[kLoads]) {
     constexpr int kSteps = kChunkItems / (kPlanes * S::kSlots);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       load_x(step + s);
+      const auto look_up = [&](int plane, int f, uint32_t (&words)[S::kMmas][2]) {
+        uint32_t codes[S::kSlots];
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        uint32_t codes[kFragments][S::kSlots];
+        for (int slot = 0; slot < S::kSlots; ++slot) {
+          const int at = (s * kPlanes + plane) * S::kSlots + slot;
+          codes[slot] = prmt(part(data[f / 2], at / 2), 0, 0x4440 + at % 2 * 2 + f % 2);
+        }
+        centroid(plane, codes, words);
+      };
+#pragma unroll
+      for (int plane = 0; plane < (kSum ? 1 : kPlanes); ++plane) {
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
+          uint32_t words[S::kMmas][2];
+          look_up(plane, f, words);
+          if constexpr (kSum) {
+            uint32_t second[S::kMmas][2];
+            look_up(1, f, second);
 #pragma unroll
-          for (int slot = 0; slot < S::kSlots; ++slot) {
-            const int at = (s * kPlanes + plane) * S::kSlots + slot;
-            codes[f][slot] = prmt(part(data[f / 2], at / 2), 0, 0x4440 + at % 2 * 2 + f % 2);
+            for (int m = 0; m < S::kMmas; ++m) {
+#pragma unroll
+              for (int w = 0; w < 2; ++w) words[m][w] = add_pairs<kBf16>(words[m][w], second[m][w]);
+            }
           }
+          multiply(f, words);
         }
-        multiply(plane, codes);
       }
     }
-    end_steps(kSteps);
   }
 
   // Any chunk, item by item.
@@ -334,7 +344,14 @@ struct WarpSums {
         if (i + S::kSlots == kChunkItems / 2) left[l][0] = left[l][1];
       }
       const int plane = item / S::kSlots;
-      if (plane < a.planes) multiply(plane, codes);
+      if (plane < a.planes) {
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) {
+          uint32_t words[S::kMmas][2];
+          centroid(plane, codes[f], words);
+          multiply(f, words);
+        }
+      }
       item += S::kSlots;
       if (item == a.steps.items) {
         item = 0;
@@ -343,14 +360,16 @@ struct WarpSums {
     }
   }
 
+  // kSum: a.whole_planes == 2 says that sums may be multiplied.
+  template <bool kSum>
   __device__ __forceinline__ void chunk(const uint4 (&data)[kLoads]) {
+    if (a.whole_planes == 0) return any_steps(data);
     if (a.whole_planes == 1) {
-      whole_steps<1>(data);
-    } else if (a.whole_planes == 2) {
-      whole_steps<2>(data);
+      whole_steps<1, false>(data);
     } else {
-      any_steps(data);
+      whole_steps<2, kSum>(data);
     }
+    end_steps(kChunkItems / a.steps.items);
   }
 };
 

@@ -1,4 +1,5 @@
-// Codebook weights on tensor cores (codebook_mma.cu). No torch and no CUDA header here.
+// Codebook weights on tensor cores (codebook_mma.cu, codebook_gemm.cu, codebook_wgmma.cu). No torch and no CUDA header
+// here.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +43,7 @@ constexpr MmaSteps mma_steps(int64_t K, int64_t group_size, int planes, int vec_
 // codes   uint8 [ceil(N / 16), to an even number][chunks][32 lanes][8 items][2 rows]: lane 4 * r + t has rows r, r + 8
 // scales  [tiles of 32 rows][G][4 t][4 f][2 i] of row 8 * f + 2 * t + i; fp32, or fp16
 // tables  [planes][1 << codebook_bits][vec_len] of x's dtype; codebook c is the sum of the planes c, c + num_codebooks,
-// .. units   fp32 [2]: y is to be multiplied by both
+// .. units   fp32 [3]: of tables, scales, half_tables; y is to be multiplied by the first two
 struct CodebookMmaProblem {
   GpuIo io;  // fp16 or bf16
   int64_t group_size;
@@ -51,12 +52,14 @@ struct CodebookMmaProblem {
   const void* scales;
   bool float_scales;
   const void* tables;
+  const void* half_tables;  // fp16, at most 1/2: tables beside fp16 x; null unless weights may be rounded to fp16 or,
+                            // beside bf16 x, to bf16
   const float* units;
   void* workspace;
 };
 
 struct CodebookMmaPlan {
-  int token_tiles;   // of 8 tokens, in one pass: 1 or 2
+  int octets;        // of tokens, in one pass: 1 or 2
   int splits;        // of K over blocks
   int split_chunks;  // of all but the last
   int blocks;        // along N; a block takes every blocks-th tile of 32 rows
@@ -65,6 +68,19 @@ struct CodebookMmaPlan {
 };
 
 CodebookMmaPlan plan_codebook_mma(const CodebookMmaProblem& p, int sm_count, int shared_limit);
+
+// For more than 16 tokens: codebook_gemm.cu. No splits where M is smaller, or its shared memory does not suffice.
+struct CodebookGemmPlan {
+  int token_blocks, row_blocks;
+  int splits, split_chunks;
+  int stage_chunks;  // whose x is in shared memory, twice
+  int copies;
+  int table_bytes, stage_bytes;
+};
+
+CodebookGemmPlan plan_codebook_gemm(const CodebookMmaProblem& p, int sm_count, int shared_limit);
+void codebook_gemm(const CodebookMmaProblem& p, const CodebookGemmPlan& plan, const Gpu& gpu);
+
 int64_t codebook_mma_workspace(const CodebookMmaProblem& p, const Gpu& gpu);
 void codebook_mma(const CodebookMmaProblem& p, const Gpu& gpu);
 

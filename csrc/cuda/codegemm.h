@@ -48,15 +48,17 @@ struct CodegemmProblem {
   void* workspace;
 };
 
-// What the entries of a table are: kFloat for fp32 scales; for others kPair14 where tokens come in pairs and accuracy
-// is at most kAccurate, else kInt16.
-enum class PsumWord : int { kFloat = 0, kInt16 = 1, kPair14 = 2 };
+// What the entries of a table are: kFloat for fp32 scales, or kHalfFloat, whose blocks take 2 columns of each unit,
+// where shared memory has no room for 4; for other scales kPair14 where tokens come in pairs and accuracy is at most
+// kAccurate, else kInt16.
+enum class PsumWord : int { kFloat = 0, kInt16 = 1, kPair14 = 2, kHalfFloat = 3 };
 
 struct CodegemmPlan {
   PsumWord word;
   int tokens;       // of a pass
   int tile_units;   // of a block
-  int tiles;        // blocks along K: the splits of the workspace
+  int tiles;        // along K
+  int splits;       // blocks along K, and of the workspace: tiles, or halves of tiles
   int row_blocks;   // blocks along N
   int slab_tokens;  // of a launch; the grid has slab_tokens / tokens layers
   int64_t shared_bytes;
@@ -65,5 +67,12 @@ struct CodegemmPlan {
 CodegemmPlan plan_codegemm(const CodegemmProblem& p, const Gpu& gpu);
 int64_t codegemm_workspace(const CodegemmProblem& p, const Gpu& gpu);
 void codegemm(const CodegemmProblem& p, const Gpu& gpu);
+
+// The launches of codegemm_float.cu.
+struct PsumShape;
+struct Gather;
+constexpr int kWideShared = (4096 * kUnitColumns + 8 * kUnitColumns * 16) * 4;  // codegemm_wide: tables, x of 8 units
+void launch_float_tiles(const PsumShape& s, const Gather& gather, const CodegemmPlan& plan, const Gpu& gpu);
+void launch_wide(const PsumShape& s, const Gather& gather, const CodegemmPlan& plan, const Gpu& gpu);
 
 }  // namespace lutgemm::cuda

@@ -1,4 +1,5 @@
-// BCQ for some 16 to 256 tokens: W is dequantized to fp16 in registers and multiplied by tensor cores.
+// BCQ for some 16 tokens and more: W is dequantized to fp16 in registers and multiplied by tensor cores, by mma.sync on
+// any GPU (dequant_gemm.cu) or by wgmma on Hopper (wgmma_gemm.cu).
 #pragma once
 
 #include <cstddef>
@@ -7,22 +8,35 @@
 
 namespace lutgemm::cuda {
 
-constexpr int kGemmRowTiles = 2;  // tiles of 16 rows that a warp has
-constexpr int kGemmStages = 3;
+constexpr int kTokenChunkBytes = 2 * kPlanesChunk;  // of a token, in fp16
+
+enum class GemmForm : int { kBest, kMmaSync, kWgmma };
 
 struct DequantGemmProblem {
   BitPlanesProblem weight;  // with its io; workspace is of dequant_gemm_workspace bytes
   const float* row_scales;  // [16 * tiles], powers of two that bring the rows of W near 2^8
+  GemmForm form;
 };
 
 struct DequantGemmPlan {
-  int token_tiles;  // n tiles of an mma, of 8 tokens each: 2, 4 or 8
-  int warps;
+  bool wgmma;
+  int tokens;  // of a block, a multiple of 8
+  int warps, stages;
   int64_t row_blocks, splits, token_blocks;
   int64_t split_chunks;  // of every split but the last
   size_t shared_bytes;
 };
 
+// What both kernels take.
+struct GemmArguments {
+  DequantGemmProblem problem;
+  DequantGemmPlan plan;
+  const uint32_t* tokens;     // the prepared activations, in the form's order
+  const float* token_scales;  // [plan.tokens * token_blocks]
+  float* partial;             // [splits, M, N], or null for one split
+};
+
+// Throws std::runtime_error for wgmma where there is none, and for a device with too little shared memory.
 DequantGemmPlan plan_dequant_gemm(const DequantGemmProblem& problem, const Gpu& gpu);
 
 int64_t dequant_gemm_workspace(const DequantGemmProblem& problem, const Gpu& gpu);

@@ -21,6 +21,7 @@
 namespace lutgemm::cuda {
 
 constexpr int kTileRows = 16;
+constexpr int kLutTableBytes = 64 * 1024;
 constexpr int kUnitInputs = 1024;
 constexpr int kWordInputs = 32;
 constexpr int kPlaneWords = kTileRows * kUnitInputs / kWordInputs;  // words of a plane of a tile and unit
@@ -40,32 +41,38 @@ struct LutProblem {
   void* workspace;  // of *_workspace() bytes
 };
 
-// How a kernel's tables cut the problem: entries of kEntryBytes hold a few tokens, and every table takes 64 KiB, so
-// more tokens mean fewer inputs at a time.
+// How a kernel cuts the problem: a block's tables hold some tokens and inputs, and always take 64 KiB, so more tokens
+// mean fewer inputs at a time. Its warps take a strip of rows each at a time.
 struct LutTables {
-  int tokens;
-  int entry_bytes;  // 4, 8, 16
+  int tokens, inputs;
+  int warps, strip_rows;
+  int result_bytes;  // of a row, in shared memory
+  int static_bytes;  // of shared memory, besides tables and results
+  int most_blocks;   // that the registers of a multiprocessor hold
 
-  int inputs() const { return 4096 / entry_bytes; }
+  int64_t shared_bytes(int64_t strips) const;  // of a block
 };
 
-// A grid of token_blocks, row_blocks, splits. A block takes tiles_per_block tiles of rows (of 16) and
-// tables_per_split tables' worth of inputs, one after the other.
+// A grid of token_blocks, row_blocks, splits. A block takes strips_per_block strips of rows and tables_per_split
+// tables' worth of inputs, one after the other. A multiprocessor holds resident blocks at once.
 struct LutPlan {
-  int64_t row_blocks, tiles_per_block;
+  int64_t row_blocks, strips_per_block;
   int64_t splits, tables_per_split;
   int64_t token_blocks;
+  int64_t resident;
 
   int64_t blocks() const { return row_blocks * token_blocks * splits; }
 };
 
-LutPlan plan_lut(int64_t M, int64_t N, int64_t K, int bits, const LutTables& tables, int sm_count);
+LutPlan plan_lut(const GpuIo& io, int bits, const LutTables& tables, const Gpu& gpu);
 
 // One token a block.
+LutTables lut_gemm_tables(const LutProblem& problem);
 int64_t lut_gemm_workspace(const LutProblem& problem, const Gpu& gpu);
 void lut_gemm(const LutProblem& problem, const Gpu& gpu);
 
-// Several tokens a block.
+// Several tokens a block, up to 16.
+LutTables biqgemm_tables(const LutProblem& problem);
 int64_t biqgemm_workspace(const LutProblem& problem, const Gpu& gpu);
 void biqgemm(const LutProblem& problem, const Gpu& gpu);
 

@@ -3,9 +3,8 @@
 
 namespace lutgemm::cuda {
 
-void launch_merged_planes(const BitPlanesProblem& problem, const BitPlanesPlan& plan, float* partial,
-                          const LaunchShape& shape) {
-  launch_bit_planes<true>(problem, plan, partial, shape);
+void launch_merged_planes(const PlanesArguments& arguments, const LaunchShape& shape) {
+  launch_bit_planes<true>(arguments, shape);
 }
 
 }  // namespace lutgemm::cuda

@@ -2,6 +2,8 @@
 // unit is drawn in bit_planes.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/problem.h"
@@ -10,15 +12,48 @@
 namespace lutgemm::cuda {
 namespace {
 
-// Numbers of rows g and g + 8 in `slot` of the scales part of a unit.
-__device__ __forceinline__ float2 row_pair(const uint32_t* scales, bool wide, int slot, int g) {
+// Words from one slot of the scales part of a unit to the next, and of rows g, g + 8 in a slot.
+__device__ __forceinline__ int slot_words(bool wide) { return wide ? 16 : 8; }
+__device__ __forceinline__ int slot_row(bool wide, int g) { return wide ? 2 * g : g; }
+
+// The numbers of rows g and g + 8 at slot_row of a slot.
+__device__ __forceinline__ float2 pair_at(const uint32_t* at, bool wide) {
   if (wide) {
-    const uint2 bits = load8(scales + slot * 16 + 2 * g);
+    const uint2 bits = load8(at);
     return make_float2(__uint_as_float(bits.x), __uint_as_float(bits.y));
   }
-  const uint32_t bits = scales[slot * 8 + g];
+  const uint32_t bits = *at;
   return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(bits & 0xffffu))),
                      __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> 16))));
+}
+
+// Those of `slot`.
+__device__ __forceinline__ float2 row_pair(const uint32_t* scales, bool wide, int slot, int g) {
+  return pair_at(scales + slot * slot_words(wide) + slot_row(wide, g), wide);
+}
+
+// body(the words of rows g, g + 8, b) for the planes b of a unit; codes: the lane's first words. Few planes go without
+// a loop, whose counters and addresses are a tenth of the work, if kUnrolled: it takes registers.
+template <bool kUnrolled, typename Body>
+__device__ __forceinline__ void for_planes(int bits, const uint32_t* codes, const Body& body) {
+  const auto some = [&](auto count) {
+#pragma unroll
+    for (int b = 0; b < decltype(count)::value; ++b) body(load8(codes + b * 64), b);
+  };
+  if constexpr (kUnrolled) {
+    switch (bits) {
+      case 1:
+        return some(std::integral_constant<int, 1>());
+      case 2:
+        return some(std::integral_constant<int, 2>());
+      case 3:
+        return some(std::integral_constant<int, 3>());
+      case 4:
+        return some(std::integral_constant<int, 4>());
+    }
+  }
+#pragma unroll 1
+  for (int b = 0; b < bits; ++b) body(load8(codes + b * 64), b);
 }
 
 constexpr int kLoadsOfX = 4;  // of a lane, under way together

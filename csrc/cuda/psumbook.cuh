@@ -12,6 +12,7 @@
 //              byte    0          4     ..   124        128       ..    252
 //   entry e    kInt16  lane 0     lane 1     lane 31    lane 0          lane 31     a word: columns 0, 1 | columns 2, 3
 //              kFloat  column 0 of all lanes            column 1 of all lanes       columns 2, 3: 64 KB further on
+//              kHalfFloat  the same of columns 0, 1, or of columns 2, 3 alone
 //              kPair14 as kFloat; a word is entry(token 1) * 65536 + entry(token 0)
 //
 // Integer entries are rounded in units of a lane: its largest possible entry, by Cauchy and Schwarz |x slice| times the
@@ -37,8 +38,11 @@ constexpr int kHalfTable = kTableEntries * kEntryBytes;  // 64 KB
 constexpr int kPsumWarps = 16;                           // of a block
 
 LUTGEMM_ANYWHERE constexpr int word_tokens(PsumWord word) { return word == PsumWord::kPair14 ? 2 : 1; }
+LUTGEMM_ANYWHERE constexpr bool is_float(PsumWord word) {
+  return word == PsumWord::kFloat || word == PsumWord::kHalfFloat;
+}
 LUTGEMM_ANYWHERE constexpr int table_bytes(PsumWord word) {
-  return word == PsumWord::kInt16 ? kHalfTable : 2 * kHalfTable;
+  return word == PsumWord::kInt16 || word == PsumWord::kHalfFloat ? kHalfTable : 2 * kHalfTable;
 }
 
 // Shared memory behind the table: x as fp32; its fragments, of every column and half of the lanes; units of the lanes.
@@ -47,10 +51,10 @@ LUTGEMM_ANYWHERE constexpr int staged_bytes(PsumWord word, int vec_len) {
 }
 LUTGEMM_ANYWHERE constexpr int fragment_words(int vec_len) { return vec_len <= 4 ? 2 : vec_len == 8 ? 4 : 8; }
 LUTGEMM_ANYWHERE constexpr int fragment_bytes(PsumWord word, int vec_len) {
-  return word == PsumWord::kFloat ? 0 : word_tokens(word) * kUnitColumns * 2 * kWarpSize * fragment_words(vec_len) * 4;
+  return is_float(word) ? 0 : word_tokens(word) * kUnitColumns * 2 * kWarpSize * fragment_words(vec_len) * 4;
 }
 LUTGEMM_ANYWHERE constexpr int unit_bytes(PsumWord word) {
-  return word == PsumWord::kFloat ? 0 : word_tokens(word) * kTileUnits * 8;
+  return is_float(word) ? 0 : word_tokens(word) * kTileUnits * 8;
 }
 LUTGEMM_ANYWHERE constexpr int psumbook_bytes(PsumWord word, int vec_len) {
   return table_bytes(word) + staged_bytes(word, vec_len) + fragment_bytes(word, vec_len) + unit_bytes(word);
@@ -318,21 +322,22 @@ __device__ __forceinline__ void build_integers(const PsumShape& s, const uint32_
   }
 }
 
-// The table of fp32 entries: each warp takes every 16th, two columns of all lanes at a time.
-template <int kVec>
-__device__ __forceinline__ void build_floats(const PsumShape& s, const float* staged, int first_unit,
+// The table of fp32 entries: each warp takes every 16th, two columns of all lanes at a time, from pair first_pair on.
+template <int kVec, int kPairs>
+__device__ __forceinline__ void build_floats(const PsumShape& s, const float* staged, int first_unit, int first_pair,
                                              unsigned char* table) {
   [[maybe_unused]] constexpr int kUnroll = kVec < 8 ? 4 : kVec < 16 ? 2 : 1;  // some 32 registers of centroids
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll 1
-  for (int step = 0; step < kUnitColumns / 2; ++step) {
+  for (int i = 0; i < kPairs; ++i) {
+    const int first = 2 * (first_pair + i);
     float xa[kVec], xb[kVec];
-    load_slice<kVec>(staged, 2 * step, lane, xa);
-    load_slice<kVec>(staged, 2 * step + 1, lane, xb);
+    load_slice<kVec>(staged, first, lane, xa);
+    load_slice<kVec>(staged, first + 1, lane, xb);
     const float* books = static_cast<const float*>(s.codebooks) + warp * kVec;
-    const float* a = books + column_codebook(s, first_unit + lane, 2 * step) * s.entries * kVec;
-    const float* b = books + column_codebook(s, first_unit + lane, 2 * step + 1) * s.entries * kVec;
-    float* word = reinterpret_cast<float*>(table + step * kHalfTable + warp * kEntryBytes + 4 * lane);
+    const float* a = books + column_codebook(s, first_unit + lane, first) * s.entries * kVec;
+    const float* b = books + column_codebook(s, first_unit + lane, first + 1) * s.entries * kVec;
+    float* word = reinterpret_cast<float*>(table + i * kHalfTable + warp * kEntryBytes + 4 * lane);
 #pragma unroll kUnroll
     for (int e = warp; e < s.entries; e += kPsumWarps) {
       float ca[kVec], cb[kVec];
@@ -347,18 +352,18 @@ __device__ __forceinline__ void build_floats(const PsumShape& s, const float* st
   }
 }
 
-// The whole: x staged, and the table of all 4 columns of 32 lanes made, for tokens m, .. Returns this lane's units. All
-// threads of the block; behind the last barrier inside, the table is there.
+// The whole: x staged, and the table of all 4 columns of 32 lanes (kHalfFloat: of pair `half`) made, for tokens m, ..
+// Returns this lane's units. All threads of the block; behind the last barrier inside, the table is there.
 template <PsumWord kWord, int kVec>
-__device__ __forceinline__ void make_psumbook(const PsumShape& s, int first_unit, int m, unsigned char* table,
+__device__ __forceinline__ void make_psumbook(const PsumShape& s, int first_unit, int half, int m, unsigned char* table,
                                               float (&unit)[word_tokens(kWord)]) {
   constexpr int kTokens = word_tokens(kWord);
   float* staged = reinterpret_cast<float*>(table + table_bytes(kWord));
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) stage_x<kVec>(s, first_unit, m + t, staged + t * kTileColumns * kVec);
   __syncthreads();
-  if constexpr (kWord == PsumWord::kFloat) {
-    build_floats<kVec>(s, staged, first_unit, table);
+  if constexpr (is_float(kWord)) {
+    build_floats<kVec, table_bytes(kWord) / kHalfTable>(s, staged, first_unit, half, table);
     unit[0] = 1.f;
   } else {
     uint32_t* fragments = reinterpret_cast<uint32_t*>(staged + kTokens * kTileColumns * kVec);

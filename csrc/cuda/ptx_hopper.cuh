@@ -16,8 +16,8 @@
 //       barrier's phase may read the bytes; they may be overwritten so once all who read them have arrived at a barrier
 //       that the copying thread has waited for.
 //   fence_async_proxy()   by each thread that wrote shared memory (stores or cp.async it has waited for), between that
-//       and the barrier behind which wgmma or bulk_copy touch it. Bytes that a bulk copy brought, or that were only
-//       read, need none.
+//       and the barrier behind which wgmma or bulk_copy touch it; and by each that read it by ordinary loads, before a
+//       bulk_copy overwrites it. What wgmma alone read, and what a bulk copy brought, need none.
 //
 // Warpgroup products. A warpgroup is 4 warps, the first a multiple of 4; all 128 threads run each of these together.
 //   wgmma_f16<kTokens>(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b), wgmma_bf16

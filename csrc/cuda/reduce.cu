@@ -18,8 +18,9 @@ constexpr int kAtOnce = 8;            // loads under way together: a split has i
 
 __global__ void __launch_bounds__(kThreads) reduce_splits_kernel(GpuIo io, const float* partial, int64_t splits) {
   const int64_t n = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  grid_dependency_wait();
+  // Before the wait: what follows starts copying its codes, and waits for this kernel, which ends behind its own wait.
   launch_dependents();
+  grid_dependency_wait();
   if (n >= io.N) return;
   const int64_t elements = io.M * io.N;
   for (int64_t m = blockIdx.y; m < io.M; m += gridDim.y) {

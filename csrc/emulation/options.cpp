@@ -6,7 +6,19 @@ namespace emulation {
 
 Options current_options;
 
-size_t shared_limit() { return options().architecture == 80 ? 163 * 1024 : 227 * 1024; }
+// That a block of this architecture can have, in bytes.
+size_t shared_limit() {
+  switch (options().architecture) {
+    case 80:
+      return 163 * 1024;
+    case 86:
+    case 89:
+    case 120:
+      return 99 * 1024;
+    default:
+      return 227 * 1024;
+  }
+}
 
 }  // namespace emulation
 

@@ -49,15 +49,19 @@ class GpuThreshold:
 
 
 GPU_THRESHOLDS = (
-    GpuThreshold("bcq_linear", "bit_planes", 16),
+    GpuThreshold("bcq_linear", "bit_planes", 16, scale_kind="uniform"),
     GpuThreshold("bcq_linear", "lut_gemm", 1),
-    GpuThreshold("bcq_linear", "biqgemm", 16),
+    GpuThreshold("bcq_linear", "biqgemm", 2),
+    GpuThreshold("bcq_linear", "bit_planes", 8),
+    GpuThreshold("bcq_linear", "sign_planes", 16),
     GpuThreshold("bcq_linear", "dequant_gemm", 256),
     GpuThreshold("codebook_linear", "codegemm", 1),
-    GpuThreshold("codebook_linear", "codebook_mma", 16),
+    GpuThreshold("codebook_linear", "codebook_mma", 64),
     GpuThreshold("codebook_linear", "codegemm", 8),
+    GpuThreshold("codebook_linear", "codebook_mma", 128, max_cost=2.0),
+    GpuThreshold("codebook_linear", "codebook_mma", 1024, max_cost=2.0, max_accuracy="accurate"),
 )
-"""Rows of one op by rising M; the first that fits is taken, "dequantize" when none does."""
+"""In the order in which they are tried: the first that fits is taken, "dequantize" when none does."""
 
 
 def choose_on_gpu(

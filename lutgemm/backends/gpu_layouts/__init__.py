@@ -20,7 +20,7 @@ from ...errors import BackendError
 from ...formats.bcq import uniform_center, uniform_plane_weights
 from .. import Problem, Reason, prepared
 
-MODULES = ("lut", "bit_planes", "dequantize", "codebook")
+MODULES = ("lut", "bit_planes", "sign_planes", "dequantize", "codebook")
 """In the order in which their algorithms are listed."""
 
 Ops = Callable[[str], Callable[..., Tensor]]
@@ -128,14 +128,6 @@ def algorithms() -> dict[tuple[str, str], Algorithm]:
     """(op, name) -> algorithm, of all modules."""
     modules = [import_module(f"{__name__}.{name}") for name in MODULES]
     return {(each.op, each.name): each for module in modules for each in module.ALGORITHMS}
-
-
-@lru_cache(maxsize=1)
-def least_shared_bytes() -> int:
-    """Shared memory that a block can have on every GPU that torch sees; without one, that of sm_90 (the emulator's)."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found: list[Any] = [torch.cuda.get_device_properties(index) for index in range(count)]
-    return min((each.shared_memory_per_block_optin for each in found), default=227 << 10)
 
 
 Layout = tuple[Tensor, ...]

@@ -1,8 +1,8 @@
 """BCQ on tensor cores, two kernels of one layout.
 
 `bit_planes` (`csrc/cuda/bit_planes.cuh`), few tokens: exact integer sums of codes and activations, which are rounded to
-steps of max |x| / 32258 of each 128 columns. `dequant_gemm` (`csrc/cuda/dequant_gemm.cu`), more tokens: W and x in
-fp16, scaled by powers of two per row and token, sums in fp32.
+steps of max |x| / 32258 of each 128 columns. `dequant_gemm` (`csrc/cuda/dequant_gemm.cu`, on Hopper `wgmma_gemm.cu`),
+more tokens: W and x in fp16, scaled by powers of two per row and token, sums in fp32.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _slots(record: BcqRecord) -> Tensor:
 
 
 HALF_RANGE = 8
-"""`dequant_gemm` brings the largest |W| of a row to 2**7 .. 2**8: far from fp16's limits on both sides."""
+"""`dequant_gemm` is told of the power of two that brings the largest |W| of a row to 2**7 .. 2**8."""
 
 
 def _row_scales(record: BcqRecord, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ...accuracy import EXACT, NEAR_EXACT
 from .. import Problem, Reason
-from . import Algorithm, CodebookRecord, Layout, Ops, kept_layout, least_shared_bytes
+from . import Algorithm, CodebookRecord, Layout, Ops, kept_layout
 
 UNIT_COLUMNS = 4
 TILE_UNITS = 32
@@ -140,6 +140,17 @@ def mma_tables(record: CodebookRecord, dtype: torch.dtype, terms: int) -> Layout
     return torch.cat(parts).contiguous(), unit.view(1)
 
 
+def mma_half_tables(record: CodebookRecord) -> Layout:
+    """tables [num_codebooks, entries, vec_len] in fp16, at most 1/2, and their unit [1], a power of two.
+
+    Sums of two, and products with fp16 scales, are then finite.
+    """
+    values = record.codebooks.to(torch.float32)
+    _, unit = _as_fp16(values, torch.float32)
+    unit = unit * 2**16
+    return (values / unit).to(torch.float16), unit.view(1)
+
+
 def mma_codes(record: CodebookRecord, terms: int) -> Layout:
     """The codes as `codebook_mma` reads them, each codebook's `terms` times.
 
@@ -165,11 +176,14 @@ def mma_codes(record: CodebookRecord, terms: int) -> Layout:
 
 
 def mma_scales(record: CodebookRecord, exact: bool) -> Layout:
-    """scales [tiles of 32 rows, G, 4 t, 4 f, 2 i], of row 8 * f + 2 * t + i, and their unit [1]."""
+    """scales [tiles of 32 rows, G, 4 t, 4 f, 2 i], of row 8 * f + 2 * t + i, and their unit [1].
+
+    Not exact: the largest is from 2**14 to 2**15, so that products with centroids are not subnormal.
+    """
     scales = record.scales.to(torch.float32)
     unit = torch.ones((), device=scales.device)
     if not exact:
-        scales, unit = _as_fp16(scales, record.scales.dtype)
+        scales, unit = _as_fp16(scales, torch.float32)
     scales = pad(scales, (0, 0, 0, -scales.shape[0] % MMA_ROWS))
     scales = scales.view(-1, 4, 4, 2, scales.shape[1]).permute(0, 4, 2, 1, 3)
     return scales.clone(memory_format=torch.contiguous_format), unit.view(1)
@@ -181,26 +195,20 @@ def _codebook_mma(ops: Ops, x: Tensor, record: CodebookRecord, bias: Tensor | No
     (codes,) = kept_layout(record, f"cuda codebook_mma codes {terms}", lambda: mma_codes(record, terms))
     kind = f"cuda codebook_mma {'fp32' if exact else 'fp16'}"
     scales, scale_unit = kept_layout(record, kind, lambda: mma_scales(record, exact))
+    rounded = terms == 1 and accuracy < NEAR_EXACT and len(record.codes) <= 2
 
     def tables_and_units() -> Layout:
         tables, unit = mma_tables(record, x.dtype, terms)
-        return tables, torch.cat([unit, scale_unit])
+        if not rounded:
+            return tables, torch.cat([unit, scale_unit, unit])
+        half_tables, half_unit = mma_half_tables(record)
+        if x.dtype == torch.float16:
+            tables, unit = half_tables, half_unit
+        return tables, torch.cat([unit, scale_unit, half_unit]), half_tables
 
-    tables, units = kept_layout(record, f"{kind} {x.dtype} {terms}", tables_and_units)
-    shape = (record.out_features, record.group_size)
-    return ops("_codebook_codebook_mma_cuda")(x, codes, scales, tables, units, bias, *shape)
-
-
-FLOAT_TABLE_BYTES = 128 << 10
-"""Of the fp32 Psumbook of a block (psumbook.cuh); x takes 512 * vec_len more."""
-
-
-def _codegemm_unsupported(problem: Problem) -> Reason | None:
-    floats = problem.codebook_bits <= BYTE_BITS and (problem.accuracy == EXACT or problem.planes == 3)
-    needed, given = FLOAT_TABLE_BYTES + 512 * problem.vec_len, least_shared_bytes()
-    if floats and given < needed:
-        return f"its fp32 tables take {needed} bytes of shared memory, and a block of this GPU gets {given}"
-    return None
+    tables, units, *half_tables = kept_layout(record, f"{kind} {x.dtype} {terms} {rounded}", tables_and_units)
+    rest = (units, bias, record.out_features, record.group_size)
+    return ops("_codebook_codebook_mma_cuda")(x, codes, scales, tables, half_tables[0] if rounded else None, *rest)
 
 
 def _mma_unsupported(problem: Problem) -> Reason | None:
@@ -212,6 +220,6 @@ def _mma_unsupported(problem: Problem) -> Reason | None:
 
 
 ALGORITHMS = (
-    Algorithm("codebook_linear", "codegemm", _codegemm, _codegemm_unsupported),
+    Algorithm("codebook_linear", "codegemm", _codegemm),
     Algorithm("codebook_linear", "codebook_mma", _codebook_mma, _mma_unsupported),
 )
