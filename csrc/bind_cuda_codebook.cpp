@@ -7,14 +7,33 @@
 namespace lutgemm::cuda {
 namespace {
 
-// codebooks [num_codebooks, 2^codebook_bits, vec_len]; returns codebook_bits.
-int check_codebooks(const Tensor& codebooks, int64_t most_codebooks, int64_t most_bits, int64_t K, int64_t group_size,
-                    const Tensor& x) {
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// ends: the row behind the last of each of several siblings, or none for one weight.
+Siblings check_siblings(const IntHeaderOnlyArrayRef& ends, int64_t N) {
+  Siblings siblings;
+  if (ends.empty()) return siblings;
+  check(ends.size() <= size_t(kMostSiblings), "ends: got ", ends.size(), " of them, expected up to ", kMostSiblings);
+  siblings.count = int(ends.size());
+  int64_t before = 0;
+  for (int i = 0; i < siblings.count; ++i) {
+    const bool fits = i + 1 < siblings.count ? ends[i] < N && ends[i] % kSiblingRows == 0 : ends[i] == N;
+    check(fits && ends[i] > before, "ends[", i, "]=", ends[i], ": must be ascending multiples of ", kSiblingRows,
+          ", and the last one N=", N);
+    siblings.ends[i] = before = ends[i];
+  }
+  return siblings;
+}
+
+// codebooks [siblings * num_codebooks, 2^codebook_bits, vec_len]; returns codebook_bits.
+int check_codebooks(const Tensor& codebooks, int siblings, int64_t most_codebooks, int64_t most_bits, int64_t K,
+                    int64_t group_size, const Tensor& x) {
   check_tensor(codebooks, "codebooks", {-1, -1, -1}, x);
   const int64_t entries = codebooks.size(1), vec_len = codebooks.size(2);
   check_range("K", K, 1, kMaxFeatures);
   check_range("group_size", group_size, 1, kMaxFeatures);
-  check_range("codebooks.shape[0] (num_codebooks)", codebooks.size(0), 1, most_codebooks);
+  check(codebooks.size(0) % siblings == 0, "codebooks: got ", codebooks.size(0), " for ", siblings, " siblings");
+  check_range("codebooks.shape[0] (num_codebooks)", codebooks.size(0) / siblings, 1, most_codebooks);
   check(vec_len == 2 || vec_len == 4 || vec_len == 8 || vec_len == 16, "codebooks: vec_len=", vec_len,
         ": must be 2, 4, 8 or 16");
   check(entries >= 2 && entries <= int64_t(1) << most_bits && (entries & (entries - 1)) == 0, "codebooks: ", entries,
@@ -28,14 +47,16 @@ int check_codebooks(const Tensor& codebooks, int64_t most_codebooks, int64_t mos
 
 Tensor codegemm_op(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& codebooks,
                    const Tensor& norms, const std::optional<Tensor>& bias, int64_t N, int64_t group_size,
-                   int64_t accuracy) {
+                   int64_t accuracy, IntHeaderOnlyArrayRef ends) {
   const Call call(x);
   check(x.dim() == 2, "x: got shape ", shape_text(x), ", expected [M, K]");
   check_range("N", N, 1, kMaxFeatures);
   const int64_t K = x.size(1);
   CodegemmProblem p{};
-  p.codebook_bits = check_codebooks(codebooks, 4, 12, K, group_size, x);
-  p.num_codebooks = int(codebooks.size(0)), p.vec_len = int(codebooks.size(2)), p.group_size = group_size;
+  p.siblings = check_siblings(ends, N);
+  p.codebook_bits = check_codebooks(codebooks, p.siblings.count, 4, 12, K, group_size, x);
+  p.num_codebooks = int(codebooks.size(0)) / p.siblings.count, p.vec_len = int(codebooks.size(2)),
+  p.group_size = group_size;
   p.accuracy = requested_accuracy(accuracy);
   const CodegemmUnits units = codegemm_units(K, group_size, p.num_codebooks, p.vec_len);
   const int64_t rows = round_up(N, kChunkRows);
@@ -50,7 +71,7 @@ Tensor codegemm_op(const Tensor& x, const Tensor& codes, const Tensor& scales, c
   check_tensor(scales, "scales", {units.groups, rows}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
   check_tensor(codebooks, "codebooks", {-1, -1, -1}, p.float_scales ? ScalarType::Float : ScalarType::Half, x);
   check(p.float_scales || p.codebook_bits >= 3, "codebooks: fp16 ones must have at least 8 centroids");
-  check_tensor(norms, "norms", {2 * p.num_codebooks + 1}, ScalarType::Float, x);
+  check_tensor(norms, "norms", {p.siblings.count * (2 * p.num_codebooks + 1)}, ScalarType::Float, x);
   p.codes = codes.const_data_ptr();
   p.scales = scales.const_data_ptr();
   p.codebooks = codebooks.const_data_ptr();
@@ -66,7 +87,7 @@ Tensor codegemm_op(const Tensor& x, const Tensor& codes, const Tensor& scales, c
 
 Tensor codebook_mma_op(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& tables,
                        const std::optional<Tensor>& half_tables, const Tensor& units, const std::optional<Tensor>& bias,
-                       int64_t N, int64_t group_size) {
+                       int64_t N, int64_t group_size, IntHeaderOnlyArrayRef ends) {
   const Call call(x);
   check(x.dim() == 2, "x: got shape ", shape_text(x), ", expected [M, K]");
   check(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
@@ -74,8 +95,9 @@ Tensor codebook_mma_op(const Tensor& x, const Tensor& codes, const Tensor& scale
   check_range("N", N, 1, kMaxFeatures);
   const int64_t K = x.size(1);
   CodebookMmaProblem p{};
-  p.codebook_bits = check_codebooks(tables, 12, 8, K, group_size, x);
-  p.planes = int(tables.size(0)), p.vec_len = int(tables.size(2)), p.group_size = group_size;
+  p.siblings = check_siblings(ends, N);
+  p.codebook_bits = check_codebooks(tables, p.siblings.count, 12, 8, K, group_size, x);
+  p.planes = int(tables.size(0)) / p.siblings.count, p.vec_len = int(tables.size(2)), p.group_size = group_size;
   const MmaSteps steps = mma_steps(K, group_size, p.planes, p.vec_len);
   const int64_t tiles = ceil_div(N, kMmaTileRows);
   check_tensor(codes, "codes", {2 * tiles, steps.chunks, 32, kChunkItems, 2}, ScalarType::Byte, x);
@@ -83,7 +105,7 @@ Tensor codebook_mma_op(const Tensor& x, const Tensor& codes, const Tensor& scale
   check_tensor(scales, "scales", {tiles, steps.groups, 4, 4, 2}, p.float_scales ? ScalarType::Float : ScalarType::Half,
                x);
   check_tensor(tables, "tables", {-1, -1, -1}, x.scalar_type(), x);
-  check_tensor(units, "units", {3}, ScalarType::Float, x);
+  check_tensor(units, "units", {3 * p.siblings.count}, ScalarType::Float, x);
   p.codes = codes.const_data_ptr();
   p.scales = scales.const_data_ptr();
   p.tables = tables.const_data_ptr();
@@ -156,10 +178,10 @@ Tensor codebook_gemm_plan_op(const Tensor& x, int64_t N, int64_t group_size, int
 LUTGEMM_GPU_OPS(m) {
   m.def(
       "_codebook_codegemm_cuda(Tensor x, Tensor codes, Tensor scales, Tensor codebooks, Tensor norms, Tensor? bias, "
-      "int N, int group_size, int accuracy) -> Tensor");
+      "int N, int group_size, int accuracy, int[] ends=[]) -> Tensor");
   m.def(
       "_codebook_codebook_mma_cuda(Tensor x, Tensor codes, Tensor scales, Tensor tables, Tensor? half_tables, "
-      "Tensor units, Tensor? bias, int N, int group_size) -> Tensor");
+      "Tensor units, Tensor? bias, int N, int group_size, int[] ends=[]) -> Tensor");
 #ifdef LUTGEMM_EMULATED
   m.def(
       "_codegemm_plan(Tensor x, int N, int group_size, int num_codebooks, int vec_len, int codebook_bits, "

@@ -6,14 +6,16 @@ namespace lutgemm::cuda {
 namespace {
 
 // form: 0 takes the best of the device, 1 mma.sync, 2 wgmma, or fails.
-Tensor dequant_gemm_cuda(const Tensor& x, const Tensor& packed, const Tensor& row_scales,
+Tensor dequant_gemm_cuda(const Tensor& x, const Tensor& packed, const Tensor& row_facts,
                          const std::optional<Tensor>& bias, int64_t N, int64_t K, int64_t bits, bool merged, bool wide,
                          bool has_offsets, int64_t steps, int64_t form) {
   const Call call(x);
   DequantGemmProblem p{};
   p.weight = checked_planes(x, packed, N, K, bits, merged, wide, has_offsets, steps);
-  check_tensor(row_scales, "row_scales", {p.weight.tiles * kPlanesTileRows}, ScalarType::Float, x);
-  p.row_scales = static_cast<const float*>(row_scales.const_data_ptr());
+  const int64_t rows = p.weight.tiles * kPlanesTileRows;
+  check_tensor(row_facts, "row_facts", {2, rows}, ScalarType::Float, x);
+  p.row_scales = static_cast<const float*>(row_facts.const_data_ptr());
+  p.row_sums = p.row_scales + rows;
   check_range("form", form, 0, 2);
   p.form = static_cast<GemmForm>(form);
   Tensor y;
@@ -45,7 +47,7 @@ Tensor plan(const Tensor& x, int64_t N, int64_t bits, bool wide, int64_t steps, 
 
 LUTGEMM_GPU_OPS(m) {
   m.def(
-      "_bcq_dequant_gemm_cuda(Tensor x, Tensor packed, Tensor row_scales, Tensor? bias, int N, int K, int bits, "
+      "_bcq_dequant_gemm_cuda(Tensor x, Tensor packed, Tensor row_facts, Tensor? bias, int N, int K, int bits, "
       "bool merged, bool wide, bool has_offsets, int steps, int form=0) -> Tensor");
 #ifdef LUTGEMM_EMULATED
   m.def("_dequant_gemm_plan(Tensor x, int N, int bits, bool wide, int steps, int sm_count, int capability) -> Tensor");

@@ -2,8 +2,8 @@
 
 Siblings keep their tensors, names and modules. The first of them that is called computes all and hands the others their
 part when they are called with the same activations. On a CPU that is done from one set of tables, with the kernel
-layouts that the layers have anyway and the same bits as apart; with the CUDA kernels over stacked rows
-(`backends.cuda_siblings`). It is done where nothing can go wrong unseen: eager calls of compiled kernels without
+layouts that the layers have anyway and the same bits as apart; on a GPU over stacked rows (`backends.gpu_siblings`). It
+is done where nothing can go wrong unseen: eager calls of compiled kernels without
 gradients. Under `torch.compile`, in training, under autocast and under any mode or transform each layer computes its
 own, as it does when the activations, its tensors or the settings are not those that its part was made from.
 """
@@ -20,17 +20,16 @@ from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 
 from ._plain import is_plain
 from .accuracy import AUTO
-from .backends import cpu, cuda_siblings, generation
-from .backends.cuda_siblings import Sibling, Siblings
-from .backends.gpu_layouts import BcqRecord
+from .backends import cpu, generation, gpu_siblings, registry
+from .backends.gpu_siblings import Siblings
 from .backends.prepared import Ready
-from .choices import Choice, bcq_choice, held_isa
+from .choices import Choice, bcq_choice, codebook_choice, held_isa
 from .errors import ArgumentError
-from .formats import BCQWeight
+from .formats import BCQWeight, CodebookLayout, CodebookWeight
 from .ops import ACTIVATION_DTYPES
 
 if TYPE_CHECKING:
-    from .nn import BCQLinear, QuantizedLinear
+    from .nn import QuantizedLinear
 
 FUSED_GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -65,7 +64,7 @@ class _Plan(NamedTuple):
     layers: list[Ready]
     """The same number as of the group, in its order."""
     stacked: Siblings | None
-    """For the CUDA kernels; None: by `OPERATOR`."""
+    """On a GPU; None: by `OPERATOR`."""
 
 
 APART = _Plan([], None)
@@ -94,14 +93,14 @@ class _Pending:
 
     __slots__ = ("bias_states", "biases", "bits", "left", "place", "plan", "settings", "version", "x", "ys")
 
-    def __init__(self, x: Tensor, ys: list[Tensor | None], plan: _Plan, place: int, settings: Settings) -> None:
+    def __init__(self, x: Tensor, ys: list[Tensor | None], plan: _Plan, place: int | None, settings: Settings) -> None:
         self.x = weakref.ref(x)
         self.bits = _Bits(x) if x.is_inference() else None
         self.version = x._version if self.bits is None else 0
         self.ys = ys
         self.plan = plan
         self.place = place
-        """of `cuda_siblings.place_of`, or 0"""
+        """of `gpu_siblings.Engine`, or 0"""
         self.left = len(ys) - 1
         self.settings = settings
         self.biases: list[Tensor | None] | None = None
@@ -124,8 +123,8 @@ class _Pending:
         )
 
 
-def _place(x: Tensor, plan: _Plan) -> int:
-    return 0 if plan.stacked is None else cuda_siblings.place_of(x, plan.stacked.kernel)
+def _place(x: Tensor, plan: _Plan) -> int | None:
+    return 0 if plan.stacked is None else plan.stacked.engine.place_of(x)
 
 
 def _state(bias: Tensor | None) -> tuple[int, int] | None:
@@ -146,8 +145,9 @@ class _Local(threading.local):
 class FusedGroup:
     """Sibling layers whose calls are answered together."""
 
-    def __init__(self, layers: Sequence[BCQLinear]) -> None:
+    def __init__(self, layers: Sequence[QuantizedLinear], contiguous: bool = False) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
+        self._contiguous = contiguous
         self._plans: dict[tuple[Any, ...], _Plan] = {}
         """How to compute each layer, by what that depends on beside tensors."""
         self._local = _Local()
@@ -212,13 +212,15 @@ class FusedGroup:
                     return None
                 biased = True
         states = [_state(bias) for bias in biases] if biased else []
-        place, ys = 0, cast(Any, None)
+        place: int | None = 0
+        ys = cast(Any, None)
         try:
             if stacked is None:
                 given = [bias for bias in biases if bias is not None] if biased else []
                 ys = cpu._op(OPERATOR)(x, layouts, given, *ready_layers[0].tail[1:])
             elif biased == stacked.biased:  # layouts are of the biases too
-                place, ys = _place(x, plan), stacked.run(x, layouts[0])
+                place = stacked.engine.place_of(x)
+                ys = None if place is None else stacked.run(x, layouts[0], self._contiguous)
         except RuntimeError:  # for a bias that fits its layer no longer: the layer's own call says so
             return None
         if ys is None:
@@ -230,15 +232,15 @@ class FusedGroup:
 
     def _plan(self, x: Tensor, settings: Settings) -> _Plan | None:
         """How to compute all layers in one call, kept for the next ones; None when that cannot be."""
-        layers: list[BCQLinear] = []
+        layers: list[QuantizedLinear] = []
         choices: list[Choice] = []
         for reference in self._layers:
             layer = reference()
             alone = layer is None or layer.accuracy != settings[0]
-            choice = None if alone else _choice(cast("BCQLinear", layer), x, settings[0])
+            choice = None if alone else _choice(cast("QuantizedLinear", layer), x, settings[0])
             if choice is None:
                 return None
-            layers.append(cast("BCQLinear", layer))
+            layers.append(cast("QuantizedLinear", layer))
             choices.append(choice)
         made = _plan_of(layers, choices, x)
         if made is not None:
@@ -248,19 +250,21 @@ class FusedGroup:
         return None if made is APART else made
 
 
-def _choice(layer: BCQLinear, x: Tensor, accuracy: str) -> Choice | None:
+def _choice(layer: QuantizedLinear, x: Tensor, accuracy: str) -> Choice | None:
     """Who computes `layer` for x; None when its own call has to see to it."""
-    weight, bias, shape = cast(BCQWeight, layer.weight_record), layer._parameters["bias"], x.shape
+    weight, bias, shape = layer.weight_record, layer._parameters["bias"], x.shape
     fits = len(shape) and shape[-1] == weight.shape[1] and x.dtype in ACTIVATION_DTYPES
     there = [tensor.device == x.device for name, tensor in weight.tensors.items() if name != "header"]
     if not (fits and all(there)) or (is_grad_enabled() and _requires_grad(x, layer._parameters)):
         return None
     if bias is not None and not (bias.device == x.device and bias.dtype == x.dtype and bias.is_contiguous()):
         return None
-    return bcq_choice(x, weight, AUTO, AUTO, accuracy)
+    if isinstance(weight, BCQWeight):
+        return bcq_choice(x, weight, AUTO, AUTO, accuracy)
+    return codebook_choice(x, cast(CodebookWeight, weight), AUTO, AUTO, accuracy)
 
 
-def _plan_of(layers: Sequence[BCQLinear], choices: Sequence[Choice], x: Tensor) -> _Plan | None:
+def _plan_of(layers: Sequence[QuantizedLinear], choices: Sequence[Choice], x: Tensor) -> _Plan | None:
     """How to compute layers for which `choices` were made; `APART`, or None when it cannot be now."""
     first = choices[0]
     if any(choice.kernel is not first.kernel or choice.algorithm == "dequantize" for choice in choices):
@@ -268,10 +272,10 @@ def _plan_of(layers: Sequence[BCQLinear], choices: Sequence[Choice], x: Tensor) 
     if first.kernel is cpu.BACKEND.bcq_linear:
         return _cpu_plan(layers, choices)
     alike = all((choice.algorithm, choice.accuracy) == (first.algorithm, first.accuracy) for choice in choices)
-    return _stacked_plan(layers, first, x) if alike and first.kernel in cuda_siblings.NAMESPACES else APART
+    return _stacked_plan(layers, first, x) if alike and first.kernel in gpu_siblings.engines() else APART
 
 
-def _cpu_plan(layers: Sequence[BCQLinear], choices: Sequence[Choice]) -> _Plan | None:
+def _cpu_plan(layers: Sequence[QuantizedLinear], choices: Sequence[Choice]) -> _Plan | None:
     """By `OPERATOR`, each layer's layout made if need be."""
     made: list[Ready] = []
     for layer, choice in zip(layers, choices, strict=True):
@@ -284,52 +288,61 @@ def _cpu_plan(layers: Sequence[BCQLinear], choices: Sequence[Choice]) -> _Plan |
     return _Plan(made, None)
 
 
-def _stacked_plan(layers: Sequence[BCQLinear], choice: Choice, x: Tensor) -> _Plan | None:
-    """By the CUDA kernel that was chosen for all, the layout of all rows made if need be."""
-    siblings: list[Sibling] = []
-    for layer in layers:
-        weight = cast(BCQWeight, layer.weight_record)
-        codes, scales, offsets, zeros, ratios = cpu._tensors_of(weight)
-        shape = (weight.shape[1], weight.group_size, weight.scale_kind)
-        record = BcqRecord(codes, scales, offsets, zeros, ratios, *shape)
-        siblings.append(Sibling(record, layer._parameters["bias"]))
-    made = cuda_siblings.plan(siblings, x, choice.kernel, choice.algorithm, choice.accuracy)
+def _stacked_plan(layers: Sequence[QuantizedLinear], choice: Choice, x: Tensor) -> _Plan | None:
+    """By the GPU's kernel that was chosen for all, the layout of all rows made if need be."""
+    siblings = [gpu_siblings.sibling(layer.weight_record, layer._parameters["bias"]) for layer in layers]
+    made = gpu_siblings.plan(siblings, x, choice.kernel, choice.algorithm, choice.accuracy)
     if made is None:
         return APART
     return _Plan(made, made[0].tail[0]) if made else None
 
 
-def _kind(layer: BCQLinear) -> tuple[Any, ...]:
-    """What siblings must have in common: tables depend on no more than K and group size."""
-    return layer.in_features, layer.layout.group_size, layer.bias is None
+def _kind(layer: QuantizedLinear) -> tuple[Any, ...]:
+    """What siblings must have in common: tables depend on no more than K and group size, and codebooks."""
+    layout = layer.layout
+    books = tuple(layout.specs()["codebooks"].shape) if isinstance(layout, CodebookLayout) else ()
+    return layer.format, layer.in_features, layout.group_size, books, layer.bias is None
 
 
-def _fusible(layers: Sequence[BCQLinear]) -> bool:
+def _fusible(layers: Sequence[QuantizedLinear]) -> bool:
     free = all(layer._fused is None for layer in layers)
-    return free and len(set(map(id, layers))) == len(layers) and len(set(map(_kind, layers))) == 1
+    alike = len(set(map(id, layers))) == len(layers) and len(set(map(_kind, layers))) == 1
+    return free and alike and (layers[0].format == "bcq" or _any_gpu())
 
 
-def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = FUSED_GROUPS) -> int:
+def _any_gpu() -> bool:
+    """Whether a backend can run here that computes siblings of codebook weights together."""
+    stacking = gpu_siblings.engines()
+    return any(b.codebook_linear in stacking and b.unavailable() is None for b in registry().values())
+
+
+def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = FUSED_GROUPS, *, contiguous: bool = False) -> int:
     """Compute sibling layers that read the same activations in one kernel call; returns how many groups there are.
 
-    groups: each the names of children of one module. A group is made of `BCQLinear` layers of the same K and group size
-    that all have a bias or all have none; codebook weights have codebooks, hence tables, of their own. Names and
-    tensors stay what they are, and on the CPU results do, bit for bit. What was fused before is undone first:
-    `fuse(model, ())` only undoes. Copies and pickles of a model are not fused.
+    groups: each the names of children of one module. A group is made of quantized layers of one format and the same K
+    and group size that all have a bias or all have none; where a GPU can be used, of codebook weights too, with equal
+    num_codebooks, vec_len and codebook_bits. Names and tensors stay what they are, and on the CPU results do, bit for
+    bit. What was fused before is undone first: `fuse(model, ())` only undoes. Copies and pickles of a model are not
+    fused.
 
-    Only eager calls gain: without gradients (`torch.no_grad`, `torch.inference_mode`), where another algorithm than
-    "dequantize" is chosen. Everything else is computed layer by layer.
+    Only eager calls gain (for others see `compile_options`): without gradients (`torch.no_grad`,
+    `torch.inference_mode`), where another algorithm than "dequantize" is chosen. Everything else is computed layer by
+    layer.
 
-    With the CUDA kernels (not Triton's) siblings must have equal bits, kinds and dtypes of scales, and ratios, too, and
-    activations must not be made in inference mode. Results are equal up to the last bits there: a kernel splits its
-    sums by the number of rows, which are those of all siblings. Their layout is kept beside those that layers which
-    were called on their own have. Inside the capture of a CUDA graph siblings are fused if a call of that dtype and
-    algorithm came before; do not let a replayed graph overwrite activations between the calls of siblings, which torch
-    does not count as a change.
+    On a GPU siblings must have equal bits, kinds and dtypes of scales, and ratios, too, and activations must not be
+    made in inference mode. Results are equal up to the last bits there: a kernel splits its sums by the number of rows,
+    which are those of all siblings. What the kernel reads of all is kept beside what layers have that were called on
+    their own. Inside the capture of a CUDA graph siblings are fused if a call of that dtype and algorithm came before;
+    do not let a replayed graph overwrite activations between the calls of siblings, which torch does not count as a
+    change.
+
+    contiguous: results for several tokens lie in one on a GPU, `[..., N1 + N2]`: the rows of each are that far apart,
+    as in models whose q, k and v are one layer. True copies each into memory of its own, a launch for each sibling, for
+    code that takes the outputs of linear layers for contiguous.
 
     Raises `ArgumentError` when `groups` is not of that form.
     """
-    from .nn import BCQLinear, QuantizedLinear
+    from .nn import QuantizedLinear
 
     wanted = [_names(group) for group in groups]
     for module in model.modules():
@@ -339,13 +352,27 @@ def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = FUSED_GROUPS) -> in
     for parent in model.modules():
         children = dict(parent.named_children())
         for names in wanted:
-            layers = [child for name in names if isinstance(child := children.get(name), BCQLinear)]
+            layers = [child for name in names if isinstance(child := children.get(name), QuantizedLinear)]
             if len(layers) == len(names) and _fusible(layers):
-                group = FusedGroup(layers)
+                group = FusedGroup(layers, contiguous)
                 for place, layer in enumerate(layers):
                     layer._fused = (group, place)
                 made += 1
     return made
+
+
+def compile_options(mode: str = "default") -> dict[str, Any]:
+    """Options of `torch.compile` with which siblings are one call in what it compiles, on a GPU with the CUDA kernels:
+
+        torch.compile(model, options=lutgemm.fusion.compile_options(), dynamic=False)
+
+    `fuse` is not needed for that. Calls are joined for a number of tokens that a graph is compiled for; a symbolic one
+    leaves them apart. mode: as `torch.compile` has it, which takes either a mode or options; "reduce-overhead" captures
+    CUDA graphs.
+    """
+    from . import compiled_fusion
+
+    return compiled_fusion.options(mode)
 
 
 def _names(group: Sequence[str]) -> tuple[str, ...]:

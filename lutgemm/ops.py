@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
 
 from ._plain import is_plain
 from .accuracy import AUTO
+from .autograd import bcq_backward, bcq_setup, codebook_backward, codebook_setup
 from .backends import generation
 from .choices import bcq_choice, codebook_choice, held_isa, new_bcq_choice, new_codebook_choice
 from .errors import ArgumentError
@@ -141,7 +143,7 @@ def run_bcq(
         return y
     _refuse_tangents(x, *record, bias)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y = torch.ops.lutgemm.bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
+    y = _operators(x).bcq_linear(flat, *record, bias, group_size, scale_kind, backend, algorithm, accuracy)
     return y if flat is x else y.view(*shape[:-1], weight.shape[0])
 
 
@@ -182,7 +184,7 @@ def run_codebook(
         return y
     _refuse_tangents(x, *record, bias)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y = torch.ops.lutgemm.codebook_linear(flat, *record, bias, weight.group_size, backend, algorithm, accuracy)
+    y = _operators(x).codebook_linear(flat, *record, bias, weight.group_size, backend, algorithm, accuracy)
     return y if flat is x else y.view(*shape[:-1], weight.shape[0])
 
 
@@ -233,6 +235,15 @@ def direct(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> bool:
     if x.requires_grad or (bias is not None and bias.requires_grad):
         return False
     return not any([tensor.requires_grad for tensor in weight.tensors.values()])  # noqa: C419 (a list is faster)
+
+
+def _operators(x: Tensor) -> Any:
+    """Who has `bcq_linear` and `codebook_linear` for a call that goes through the dispatcher, or is traced."""
+    if x.is_cuda and is_compiling() and not is_exporting():
+        from . import traced
+
+        return traced
+    return torch.ops.lutgemm
 
 
 def _bcq_run(
@@ -316,47 +327,7 @@ def _codebook_backward_fake(
     return _empty_like((x, codebooks, scales), needs)
 
 
-def _spread(grads: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """One entry per need, None where there was none."""
-    given = iter(grads)
-    return [next(given) if need else None for need in needs]
-
-
-def _bcq_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, offsets, zeros, ratios, _, ctx.group_size, ctx.scale_kind, _, _, _ = inputs
-    ctx.save_for_backward(x, codes, scales, offsets, zeros, ratios)
-
-
-def _bcq_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, codes, scales, offsets, zeros, ratios = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    if wanted[5]:
-        raise ArgumentError("ratios do not take a gradient; train scales and offsets")
-    needs = [wanted[0], *wanted[2:5]]
-    grads = torch.ops.lutgemm.bcq_linear_backward(
-        grad_y, x, codes, scales, offsets, zeros, ratios, ctx.group_size, ctx.scale_kind, needs
-    )
-    grad_x, grad_scales, grad_offsets, grad_zeros = _spread(grads, needs)
-    grad_bias = grad_y.sum(0) if wanted[6] else None
-    return grad_x, None, grad_scales, grad_offsets, grad_zeros, None, grad_bias, None, None, None, None, None
-
-
-def _codebook_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, codebooks, scales, _, ctx.group_size, _, _, _ = inputs
-    ctx.save_for_backward(x, codes, codebooks, scales)
-
-
-def _codebook_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, codes, codebooks, scales = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0], *wanted[2:4]]
-    grads = torch.ops.lutgemm.codebook_linear_backward(grad_y, x, codes, codebooks, scales, ctx.group_size, needs)
-    grad_x, grad_codebooks, grad_scales = _spread(grads, needs)
-    grad_bias = grad_y.sum(0) if wanted[4] else None
-    return grad_x, None, grad_codebooks, grad_scales, grad_bias, None, None, None, None
-
-
-torch.library.register_autograd("lutgemm::bcq_linear", _bcq_backward, setup_context=_bcq_setup, lib=_library)
+torch.library.register_autograd("lutgemm::bcq_linear", bcq_backward, setup_context=bcq_setup, lib=_library)
 torch.library.register_autograd(
-    "lutgemm::codebook_linear", _codebook_backward, setup_context=_codebook_setup, lib=_library
+    "lutgemm::codebook_linear", codebook_backward, setup_context=codebook_setup, lib=_library
 )

@@ -140,6 +140,20 @@ def test_nan_and_inf_stay_in_their_token(form: int, emulated: Emulated) -> None:
     assert_equal(y[3:], clean[3:], "other tokens")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_activations_of_one_sign(form: int, emulated: Emulated) -> None:
+    """They add up what rounding takes from the few values of W, and so does a token of equal values most of all."""
+    for bits, kind, group_size in ((3, "free", 0), (2, "free", 128), (4, "uniform", 128), (3, "ratio", 0)):
+        offsets = kind != "free"
+        case = OpCase(M=17, N=40, K=2030, bits=bits, scale_kind=kind, group_size=group_size, offsets=offsets)
+        x, weight, _ = vars(case.inputs()).values()
+        x = x.abs()
+        x[3], x[4] = 1, -3e-3
+        for sm_count in (1, 7):
+            emulated.control.set(sm_count=sm_count)
+            check(Inputs(x, weight, None), run(x, weight, form), f"{case.name}, {sm_count} multiprocessors")
+
+
 def test_a_row_keeps_its_small_groups(emulated: Emulated) -> None:
     """A group of columns with 2^-8 of the scales of another one is as accurate, in units of its own scale."""
     case = OpCase(M=17, N=16, K=256, bits=4, group_size=128)

@@ -11,8 +11,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from lutgemm.backends import triton as backend
 
@@ -29,7 +27,7 @@ BCQ = {"BITS": 2, "KIND": 0, "HAS_OFFSETS": True, "HAS_BIAS": False, "PARTIAL": 
 BOOKS = {"BOOKS": 1, "ENTRIES": 256, "GROUP_UNITS": 32}
 TABLES = {"BLOCK_M": 1, "BLOCK_N": 64, "CHUNK": 4, "CHUNKS": 8, "STAGES": 3}
 DOT = {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 3}
-EPILOGUE = {"HAS_BIAS": True, "PARTIAL": False}
+EPILOGUE = {"HAS_BIAS": True, "PARTIAL": False, "SIBLINGS": 1}
 
 KERNELS: dict[str, dict[str, Any]] = {
     "lut_gemm": BCQ | TABLES,
@@ -103,6 +101,10 @@ def instructions(assembly: str) -> Counter:
     return Counter(re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z][\w.:]+)", assembly, re.M))
 
 
+def shuffles(counts: Counter) -> int:
+    return sum(n for op, n in counts.items() if op.startswith("shfl"))
+
+
 def cuda(architecture: int) -> tuple[str, int, int]:
     return ("cuda", architecture, 32)
 
@@ -126,7 +128,7 @@ def test_nvidia(name: str, architecture: int):
         each = words * 8 // 128
         assert each <= look_ups < 1.05 * each, f"{look_ups} shuffles for {each} look-ups of a thread"
     if name == "codegemm":
-        assert sum(n for op, n in counts.items() if op.startswith("shfl")) < 10, "sums over a chunk cross lanes"
+        assert shuffles(counts) < 10, "sums over a chunk cross lanes"
 
 
 @pytest.mark.parametrize("name", ["lut_gemm", "codegemm", "bcq_dequant_gemm"])
@@ -134,6 +136,13 @@ def test_sizes_of_one_compile(name: str):
     """Triton makes a constant of every integer argument that is 1."""
     integers = [a for a in kernel_named(name).arg_names if a not in KERNELS[name] and not a.endswith("_ptr")]
     assert "target sm_90" in compiled(name, cuda(90), changes=tuple((a, 1) for a in integers))["ptx"]
+
+
+@pytest.mark.parametrize("name", ["codegemm", "codebook_dequant_gemm"])
+def test_codebooks_of_siblings_cost_comparisons_only(name: str):
+    one, three = (instructions(compiled(name, cuda(90), changes=(("SIBLINGS", n),))["ptx"]) for n in (1, 3))
+    assert shuffles(three) == shuffles(one)
+    assert three.total() < 1.2 * one.total()
 
 
 @pytest.mark.parametrize("kind", [1, 2])
@@ -176,41 +185,3 @@ def test_amd(name: str):
     assert not any("atomic" in op for op in counts)
     if name == "lut_gemm":
         assert counts["ds_bpermute_b32"] >= 256, "look-ups are moves between lanes"
-
-
-@pytest.fixture
-def driver() -> Iterator[None]:
-    """Stands for a GPU that only has a name, which is all that tracing asks for."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    class Named:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget(*cuda(90))
-
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Named())
-    yield
-    triton.runtime.driver._active = before
-
-
-@pytest.mark.parametrize(("algorithm", "kernels"), [("lut_gemm", 2), ("dequant_gemm", 2), ("biqgemm", 2)])
-def test_compiled_graphs_hold_the_kernels(algorithm: str, kernels: int, driver: None):
-    """What Inductor is given: the kernels and their workspace, not a call of an operator."""
-    from torch._functorch.aot_autograd import aot_export_module
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from lutgemm.kernels import launch
-
-    class Layer(torch.nn.Module):
-        def forward(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor) -> tuple[Tensor]:
-            record = (codes, scales, None, None, None)
-            return (launch.bcq_linear(x * 2, *record, bias, 32, "free", algorithm, [16, 32, 2, 8, 2, 4, 3]) + 1,)
-
-    with FakeTensorMode():
-        shapes = ((3, 1024, torch.float16), (2, 20, 32, torch.int32), (2, 20, 32, torch.float16), (20, torch.float16))
-        inputs = [torch.empty(*size, dtype=dtype, device="cuda") for *size, dtype in shapes]
-        graph, _ = aot_export_module(Layer(), inputs, trace_joint=False)
-    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    assert sum("triton_kernel_wrapper" in call for call in calls) == kernels, calls
-    assert not any("lutgemm" in call for call in calls)

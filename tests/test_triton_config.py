@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,39 @@ def test_what_was_measured_is_taken_for_problems_of_its_class(file: Path):
     assert tuned.find(task, "another GPU") is None
 
 
+def test_the_status_says_where_sizes_are_from(file: Path, monkeypatch: pytest.MonkeyPatch):
+    assert tuned.status("A") == "estimated; `lutgemm tune --backend triton` measures them"
+    tuned.save(file, "A", {TASKS[0]: config.candidates(TASKS[0], Device())[2]})
+    assert tuned.status("A") == f"measured for 1 problems ({file}), else estimated"
+    monkeypatch.setenv(on_cpu.VARIABLE, "0")
+    assert tuned.status("A") == "estimated (LUTGEMM_TUNED=0)"
+    monkeypatch.setenv(on_cpu.VARIABLE, "1")
+    file.write_text("{}")
+    assert "this lutgemm reads" in tuned.status("A")
+
+
+@pytest.mark.parametrize(
+    ("options", "formats"),
+    [
+        ([], ["2", "3", "4", "1x4", "2x8"]),
+        (["--bits", "5"], ["5"]),
+        (["--codebooks", "1x8", "--codebooks", "4x4"], ["1x8", "4x4"]),
+        (["--bits", "1", "--codebooks", "1x8"], ["1", "1x8"]),
+    ],
+)
+def test_which_layers_the_command_tunes(options: list[str], formats: list[str], monkeypatch: pytest.MonkeyPatch):
+    from lutgemm.cli import main
+    from lutgemm.kernels import tuning
+
+    asked = []
+    monkeypatch.setattr(backend, "BACKEND", replace(backend.BACKEND, unavailable=lambda: None))
+    monkeypatch.setattr(tuning, "tune_triton", lambda layers, **_: asked.extend(layers) or {})
+    assert main(["tune", "--backend", "triton", "--quick", "--dry-run", *options]) == 0
+    assert {(case.N, case.K, case.dtype, case.group_size) for case in asked} == {(4096, 4096, "float16", 128)}
+    bits = [str(case.bits) for case in asked if case.op == "bcq_linear"]
+    assert bits + [f"{c.num_codebooks}x{c.vec_len}" for c in asked if c.op == "codebook_linear"] == formats
+
+
 def test_entries_of_other_gpus_and_classes_stay(file: Path):
     one, other = TASKS[0], TASKS[1]
     first, second = (config.candidates(task, Device())[2] for task in (one, other))
@@ -118,7 +152,7 @@ def test_tuning_can_be_switched_off(file: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda d: d | {"version": 2}, "is not of format"),
+        (lambda d: d | {"version": 2}, "this lutgemm reads"),
         (lambda d: d | {"entries": 3}, "no list of objects"),
         (lambda d: d["entries"][0].update(configs=4) or d, "'configs' is no list"),
         (lambda d: d["entries"][0]["configs"][0].update(config=[1, 2]) or d, "config .* is none"),

@@ -111,13 +111,14 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_gemm_kernel(MmaArguments
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);  // one value a warp, as the compiler then knows
   const int row_block = blockIdx.x / a.token_blocks, token_block = blockIdx.x - row_block * a.token_blocks;
-  const int tile = row_block * kWarps + warp, first_token = token_block * kTokens;
+  const OwnBlocks own = own_blocks(a.rows, row_block);
+  const int tile = own.blocks.first_unit + own.number * kWarps + warp, first_token = token_block * kTokens;
   const int first_chunk = blockIdx.y * a.split_chunks;
   const int end_chunk = min(first_chunk + a.split_chunks, a.steps.chunks);
   const int first_step = first_chunk * kChunkItems / a.steps.items;
   const int end_step = end_chunk * kChunkItems / a.steps.items;
   const int stage_steps = a.stage_chunks * kChunkItems / a.steps.items;
-  const bool there = tile < a.tiles;
+  const bool there = tile < own.blocks.first_unit + own.blocks.units;
 
   // Codes of this warp; those `ahead` are under way.
   constexpr int kAhead = 2;
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_gemm_kernel(MmaArguments
   };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) load_next(ahead[i]);
-  fill_table<kVec, kThreads>(a, table);
+  fill_table<kVec, kThreads>(a, own.sibling, table);
   const CopyX<kVec> copy(a, first_token);
   grid_dependency_wait();
   launch_dependents();
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_gemm_kernel(MmaArguments
   if (!there) return;
   w.end_group();
 
-  const float unit = a.units[0] * a.units[1];
+  const float unit = a.units[3 * own.sibling] * a.units[3 * own.sibling + 1];
   const int64_t first_n = static_cast<int64_t>(tile) * kMmaTileRows + 2 * (lane % 4);
   const bool pairs = a.io.N % 2 == 0;
 #pragma unroll
@@ -231,7 +232,8 @@ CodebookGemmPlan plan_codebook_gemm(const CodebookMmaProblem& p, int sm_count, i
   if (p.io.M <= 16) return plan;
   const MmaSteps steps = mma_steps(p.io.K, p.group_size, p.planes, p.vec_len);
   const int64_t token_blocks = ceil_div(p.io.M, kTokens);
-  const int64_t row_blocks = ceil_div(ceil_div(p.io.N, kMmaTileRows), kWarps);
+  plan.rows = whole_blocks(p.siblings, p.io.N, kWarps);
+  const int64_t row_blocks = dealt_blocks(plan.rows);
   if (token_blocks * row_blocks > INT32_MAX) return plan;
   plan.token_blocks = static_cast<int>(token_blocks), plan.row_blocks = static_cast<int>(row_blocks);
 
@@ -260,7 +262,7 @@ void codebook_gemm(const CodebookMmaProblem& p, const CodebookGemmPlan& plan, co
   MmaArguments a = mma_arguments(p, plan.copies);
   if (a.whole_planes == 2 && !p.half_tables) a.whole_planes = 0;
   a.aligned = p.io.x_stride % 2 == 0;
-  a.splits = plan.splits, a.split_chunks = plan.split_chunks;
+  a.splits = plan.splits, a.split_chunks = plan.split_chunks, a.rows = plan.rows;
   a.x_bytes = plan.stage_bytes, a.stage_chunks = plan.stage_chunks;
   a.tokens = static_cast<int>(p.io.M), a.token_blocks = plan.token_blocks;
   const LaunchShape shape{dim3(plan.row_blocks * plan.token_blocks, plan.splits), dim3(kThreads),

@@ -56,16 +56,33 @@ __device__ __forceinline__ void stage_x(const MmaArguments& a, int first, int st
   using S = Shape<kVec>;
   const int pieces = steps * 4 * S::kPieces, stride = token_bytes<kVec>(steps), first_k = first * S::kInputs;
   const int K = static_cast<int>(a.io.K);
+  const uint16_t* first_x = static_cast<const uint16_t*>(a.io.x) + a.token_base * a.io.x_stride;
+  int done = 0;                                      // pieces
+  if (S::kPieces == 1 && a.straight && a.aligned) {  // then the layout is that of x
+    constexpr int kAtOnce = 4;                       // tokens whose loads are under way together
+    const int whole = max(min(steps * S::kInputs, K - first_k), 0) / 8;
+#pragma unroll 1
+    for (int token = 0; token < a.tokens; token += kAtOnce) {
+      const uint16_t* x = first_x + token * a.io.x_stride + first_k;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < whole; i += kThreads) {
+        uint4 values[kAtOnce];
+#pragma unroll
+        for (int t = 0; t < kAtOnce; ++t) {
+          if (token + t < a.tokens) values[t] = load16(x + t * a.io.x_stride + 8 * i);
+        }
+#pragma unroll
+        for (int t = 0; t < kAtOnce; ++t) {
+          if (token + t < a.tokens) store16(staged + (token + t) * stride + 16 * i, values[t]);
+        }
+      }
+    }
+    done = whole * (8 / S::kPieceInputs);
+  }
 #pragma unroll 1
   for (int token = 0; token < a.tokens; ++token) {
-    const uint16_t* x = static_cast<const uint16_t*>(a.io.x) + (a.token_base + token) * a.io.x_stride;
+    const uint16_t* x = first_x + token * a.io.x_stride;
     unsigned char* to = staged + token * stride;
-    int done = 0;                                      // pieces
-    if (S::kPieces == 1 && a.straight && a.aligned) {  // then the layout is that of x
-      const int whole = max(min(steps * S::kInputs, K - first_k), 0) / 8;
-      for (int i = threadIdx.x; i < whole; i += kThreads) store16(to + 16 * i, load16(x + first_k + 8 * i));
-      done = whole * (8 / S::kPieceInputs);
-    }
     for (int i = done + threadIdx.x; i < pieces; i += kThreads) {
       const int step = i / (4 * S::kPieces), piece = i / 4 % S::kPieces, t = i % 4;
       int k = first_k + step * S::kInputs, end = K;
@@ -148,15 +165,19 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments 
   const int first_step = first_chunk * kChunkItems / a.steps.items;
   const int block_steps = end_chunk * kChunkItems / a.steps.items - first_step;
 
+  const OwnBlocks own = own_blocks(a.rows, blockIdx.x);
+  const int first_tile = own.blocks.first_unit + own.number, end_tile = own.blocks.first_unit + own.blocks.units;
+
   // The chunks of this warp, tile after tile; those `ahead` are under way.
   constexpr int kAhead = kOctets == 2 && kVec == 8 ? 1 : 2;  // as registers allow: up to 2 KB a warp, 32 KB a block
   const int64_t load_bytes = static_cast<int64_t>(a.steps.chunks) * kChunkBytes;  // 16 rows
   const int warp_chunks = warp_end - warp_begin;
-  const int64_t to_next_tile = kLoads * load_bytes * gridDim.x - static_cast<int64_t>(warp_chunks) * kChunkBytes;
+  const int64_t to_next_tile =
+      kLoads * load_bytes * own.blocks.blocks - static_cast<int64_t>(warp_chunks) * kChunkBytes;
   const unsigned char* next =
-      a.codes + kLaneBytes * lane + kLoads * load_bytes * blockIdx.x + static_cast<int64_t>(warp_begin) * kChunkBytes;
+      a.codes + kLaneBytes * lane + kLoads * load_bytes * first_tile + static_cast<int64_t>(warp_begin) * kChunkBytes;
   int tile_left = warp_chunks;
-  int left = (a.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x * warp_chunks;
+  int left = (own.blocks.block_units + (own.number < own.blocks.longer ? 1 : 0)) * warp_chunks;
   uint4 ahead[kAhead][kLoads];
   const auto load_next = [&](uint4(&to)[kLoads]) {
     if (left > 0) {
@@ -172,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments 
   };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) load_next(ahead[i]);
-  fill_table<kVec, kThreads>(a, table);
+  fill_table<kVec, kThreads>(a, own.sibling, table);
   grid_dependency_wait();
   stage_x<kVec>(a, first_step, block_steps, staged);
   __syncthreads();
@@ -182,9 +203,9 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_mma_kernel(MmaArguments 
   const X x(a, staged, token_bytes<kVec>(block_steps));
   WarpSums<kVec, kBf16, kOctets, X> w(a, x, table, first_step);
   const int r = lane / 4, t = lane % 4;
-  const float unit = a.units[0] * a.units[1];
+  const float unit = a.units[3 * own.sibling] * a.units[3 * own.sibling + 1];
 
-  for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
+  for (int tile = first_tile; tile < end_tile; tile += own.blocks.blocks) {
     w.begin(tile, warp_begin);
     for (int chunk = warp_begin; chunk < warp_end; ++chunk) {
       w.template chunk<false>(ahead[0]);
@@ -275,7 +296,8 @@ CodebookMmaPlan plan_codebook_mma(const CodebookMmaProblem& p, int sm_count, int
   plan.splits = static_cast<int>(ceil_div(units, split_units));
   plan.split_chunks = static_cast<int>(split_units * steps.unit_chunks);
   plan.x_bytes = static_cast<int>(round_up(tokens * (split_units * unit_bytes + padding), 16));
-  plan.blocks = static_cast<int>(std::min<int64_t>(tiles, std::max(1, sm_count / plan.splits)));
+  plan.rows = deal_blocks(p.siblings, p.io.N, std::min<int64_t>(tiles, std::max(1, sm_count / plan.splits)));
+  plan.blocks = dealt_blocks(plan.rows);
   return plan;
 }
 
@@ -301,7 +323,7 @@ void codebook_mma(const CodebookMmaProblem& p, const Gpu& gpu) {
                              " bytes of shared memory that a block of this GPU gets; use algorithm \"codegemm\"");
   }
   MmaArguments a = mma_arguments(p, plan.copies);
-  a.splits = plan.splits, a.split_chunks = plan.split_chunks, a.x_bytes = plan.x_bytes;
+  a.splits = plan.splits, a.split_chunks = plan.split_chunks, a.x_bytes = plan.x_bytes, a.rows = plan.rows;
   for (int64_t first = 0; first < p.io.M; first += 8 * plan.octets) {
     a.tokens = static_cast<int>(std::min<int64_t>(8 * plan.octets, p.io.M - first));
     a.token_base = first;

@@ -27,7 +27,9 @@ struct MmaArguments {
   const float* units;
   float* partial;  // [splits, M, N] where there are several
   int splits, split_chunks;
-  int group_size, planes, tiles;
+  int group_size, planes;
+  BlockPlan rows;
+  int book_bytes;           // of one sibling's tables
   int entry_bits;           // log2 of the entries of a codebook
   int copies, table_bytes;  // of the codebooks in shared memory
   int piece_bits;           // log2 of the pieces of 16 bytes of an entry's copies
@@ -80,7 +82,7 @@ inline MmaArguments mma_arguments(const CodebookMmaProblem& p, int copies) {
   a.partial = static_cast<float*>(p.workspace);
   a.group_size = static_cast<int>(p.group_size < p.io.K ? p.group_size : p.io.K);
   a.planes = p.planes;
-  a.tiles = static_cast<int>(ceil_div(p.io.N, kMmaTileRows));
+  a.book_bytes = static_cast<int>(copy_bytes(p));
   a.entry_bits = p.codebook_bits;
   a.copies = copies;
   a.table_bytes = static_cast<int>(copy_bytes(p) * copies);
@@ -107,13 +109,14 @@ struct Shape {
 
 // Copies of the table's entries, 16 bytes a thread.
 template <int kVec, int kThreads>
-__device__ __forceinline__ void fill_table(const MmaArguments& a, unsigned char* table) {
+__device__ __forceinline__ void fill_table(const MmaArguments& a, int sibling, unsigned char* table) {
   using S = Shape<kVec>;
+  const unsigned char* tables = a.tables + static_cast<int64_t>(sibling) * a.book_bytes;
   for (int i = threadIdx.x; i < a.table_bytes / 16; i += kThreads) {
     const int entry_part = i >> a.piece_bits;  // [plane][part][entry]
     const int entry = entry_part & ((1 << a.entry_bits) - 1), plane_part = entry_part >> a.entry_bits;
     const int plane = plane_part / S::kParts, part = plane_part % S::kParts;
-    const unsigned char* from = a.tables + (((plane << a.entry_bits) + entry) * (kVec * 2) + part * 16);
+    const unsigned char* from = tables + (((plane << a.entry_bits) + entry) * (kVec * 2) + part * 16);
     uint4 value;
     if constexpr (kVec == 2) {
       const uint32_t word = *reinterpret_cast<const uint32_t*>(from);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/problem.h"
+#include "cuda/siblings.h"
 
 namespace lutgemm::cuda {
 
@@ -23,6 +24,7 @@ struct MmaSteps {
 
 constexpr int kChunkItems = 8;
 constexpr int kMmaTileRows = 32;  // of a warp: two fragments that share x
+static_assert(kMmaTileRows == kSiblingRows);
 
 constexpr MmaSteps mma_steps(int64_t K, int64_t group_size, int planes, int vec_len) {
   MmaSteps s{};
@@ -55,6 +57,7 @@ struct CodebookMmaProblem {
   const void* half_tables;  // fp16, at most 1/2: tables beside fp16 x; null unless weights may be rounded to fp16 or,
                             // beside bf16 x, to bf16
   const float* units;
+  Siblings siblings;  // tables and units are those of each, one after another
   void* workspace;
 };
 
@@ -62,7 +65,8 @@ struct CodebookMmaPlan {
   int octets;        // of tokens, in one pass: 1 or 2
   int splits;        // of K over blocks
   int split_chunks;  // of all but the last
-  int blocks;        // along N; a block takes every blocks-th tile of 32 rows
+  int blocks;        // along N; a block takes every tile of 32 rows that is as far on as its sibling has blocks
+  BlockPlan rows;    // of each
   int copies;        // of a table in shared memory
   int table_bytes, x_bytes, sum_bytes;
 };
@@ -72,6 +76,7 @@ CodebookMmaPlan plan_codebook_mma(const CodebookMmaProblem& p, int sm_count, int
 // For more than 16 tokens: codebook_gemm.cu. No splits where M is smaller, or its shared memory does not suffice.
 struct CodebookGemmPlan {
   int token_blocks, row_blocks;
+  BlockPlan rows;
   int splits, split_chunks;
   int stage_chunks;  // whose x is in shared memory, twice
   int copies;

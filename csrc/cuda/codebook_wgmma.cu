@@ -141,7 +141,10 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
     mbarrier_init_fence();
   }
   const int row_block = blockIdx.x / a.token_blocks, token_block = blockIdx.x - row_block * a.token_blocks;
-  const int tile = min(row_block * kWarps + warp, a.tiles - 1);
+  const OwnBlocks own = own_blocks(a.rows, row_block);
+  const int first_tile = own.blocks.first_unit + own.number * kWarps,
+            end_tile = own.blocks.first_unit + own.blocks.units;
+  const int tile = min(first_tile + warp, end_tile - 1);
   const int first_chunk = blockIdx.y * a.split_chunks;
   const int chunks = min(a.split_chunks, a.steps.chunks - first_chunk), parts = chunks * kParts;
 
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
       later_scales = load_scales(group + 1);
     }
   };
-  fill_table<kVec, kThreads>(a, table);
+  fill_table<kVec, kThreads>(a, own.sibling, table);
   __syncthreads();
   grid_dependency_wait();
   launch_dependents();
@@ -269,20 +272,39 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
     }
   }
   __syncthreads();
-  const int64_t n = static_cast<int64_t>(row_block) * kBlockRows + threadIdx.x;
-  if (n >= a.io.N) return;
-  const float unit = a.units[1] * a.units[2];
+  const int64_t n = static_cast<int64_t>(first_tile) * kMmaTileRows + threadIdx.x;
+  if (n >= min(a.io.N, static_cast<int64_t>(end_tile) * kMmaTileRows)) return;
+  const float unit = a.units[3 * own.sibling + 1] * a.units[3 * own.sibling + 2];
   const float bias = a.splits == 1 && a.io.bias != nullptr ? load_value(a.io.bias, a.io.dtype, n) : 0.f;
   const int64_t first_token = static_cast<int64_t>(token_block) * kTokens;
   const int count = static_cast<int>(min(a.io.M - first_token, static_cast<int64_t>(kTokens)));
-  for (int i = 0; i < count; ++i) {
-    const int64_t m = first_token + i;
-    const float sum = sums[i * kSumsPitch + threadIdx.x] * arguments.token_scales[m] * unit;
-    if (a.splits == 1) {
-      store_value(a.io.y, a.io.dtype, m * a.io.N + n, sum + bias);
-    } else {
-      a.partial[(blockIdx.y * a.io.M + m) * a.io.N + n] = sum;
+  // Eight tokens at a time, so that their scales and sums are under way together; tokens past M have some too. to: of
+  // the block's first token.
+  const auto write = [&](auto* to, const auto& as_stored) {
+#pragma unroll 1
+    for (int first = 0; first < count; first += 8) {
+      float results[8];
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        const uint4 scales = load16(arguments.token_scales + first_token + first + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          results[i + j] = sums[(first + i + j) * kSumsPitch + threadIdx.x] * __uint_as_float(part(scales, j)) * unit;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i, to += a.io.N) {
+        if (first + i < count) *to = as_stored(results[i] + bias);
+      }
     }
+  };
+  const int64_t at = first_token * a.io.N + n;
+  if (a.splits > 1) {
+    write(a.partial + blockIdx.y * a.io.M * a.io.N + at, [](float sum) { return sum; });
+  } else if (a.io.dtype == DType::kBFloat16) {
+    write(static_cast<__nv_bfloat16*>(a.io.y) + at, [](float sum) { return __float2bfloat16_rn(sum); });
+  } else {
+    write(static_cast<__half*>(a.io.y) + at, [](float sum) { return __float2half_rn(sum); });
   }
 #endif
 }
@@ -334,7 +356,8 @@ CodebookWgmmaPlan plan_codebook_wgmma(const CodebookMmaProblem& p, const Gpu& gp
   plan.stages =
       static_cast<int>(std::min<int64_t>(kMostStages, (gpu.shared_bytes - 1024 - plan.table_bytes) / part_bytes));
   plan.shared_bytes = std::max<int64_t>(plan.table_bytes + plan.stages * part_bytes, plan.tokens * kSumsPitch * 4);
-  const int64_t token_blocks = ceil_div(p.io.M, plan.tokens), row_blocks = ceil_div(p.io.N, kBlockRows);
+  plan.rows = whole_blocks(p.siblings, p.io.N, kWarps);
+  const int64_t token_blocks = ceil_div(p.io.M, plan.tokens), row_blocks = dealt_blocks(plan.rows);
   if (plan.stages < 4 || plan.shared_bytes + 1024 > gpu.shared_bytes || token_blocks * row_blocks > INT32_MAX) {
     return CodebookWgmmaPlan{};
   }
@@ -352,7 +375,8 @@ void codebook_wgmma(const CodebookMmaProblem& p, const CodebookWgmmaPlan& plan, 
   WgmmaArguments a{};
   a.mma = mma_arguments(p, plan.copies);
   a.mma.tables = static_cast<const unsigned char*>(p.half_tables);
-  a.mma.splits = plan.splits, a.mma.split_chunks = plan.split_chunks, a.mma.token_blocks = plan.token_blocks;
+  a.mma.rows = plan.rows, a.mma.splits = plan.splits, a.mma.split_chunks = plan.split_chunks,
+  a.mma.token_blocks = plan.token_blocks;
   auto* tokens = static_cast<unsigned char*>(p.workspace);
   auto* token_scales = reinterpret_cast<float*>(tokens + plan.token_bytes);
   a.mma.partial = reinterpret_cast<float*>(tokens + plan.token_bytes + plan.scale_bytes);

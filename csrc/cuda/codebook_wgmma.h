@@ -12,6 +12,7 @@ LUTGEMM_ANYWHERE constexpr int wgmma_step_bytes(int tokens) { return tokens * 16
 struct CodebookWgmmaPlan {
   int tokens;  // of a block: 64 or 128
   int token_blocks, row_blocks;
+  BlockPlan rows;
   int splits, split_chunks;
   int stages, copies, table_bytes;
   int64_t shared_bytes;

@@ -63,13 +63,15 @@ CodegemmPlan plan_codegemm(const CodegemmProblem& p, const Gpu& gpu) {
   int64_t least = INT64_MAX;
   for (int waves = 1; waves <= 4; ++waves) {
     const int64_t fitting = int64_t(waves) * sm_count / (plan.splits * layers);
-    const int64_t row_blocks = std::clamp<int64_t>(fitting, 1, chunks);
+    const BlockPlan rows = deal_blocks(p.siblings, p.io.N, std::clamp<int64_t>(fitting, 1, chunks));
+    const int64_t row_blocks = dealt_blocks(rows);
     const int64_t rounds = ceil_div(plan.splits * layers * row_blocks, sm_count);
-    const int64_t clocks = rounds * (build_clocks(plan.word, 1 << p.codebook_bits, p.vec_len) +
-                                     ceil_div(chunks, row_blocks) * kChunkClocks);
+    const int64_t clocks =
+        rounds * (build_clocks(plan.word, 1 << p.codebook_bits, p.vec_len) + most_units(rows) * kChunkClocks);
     if (clocks < least) {
       least = clocks;
       plan.row_blocks = static_cast<int>(row_blocks);
+      plan.rows = rows;
     }
   }
   return plan;
@@ -104,12 +106,9 @@ void codegemm(const CodegemmProblem& p, const Gpu& gpu) {
     s.num_codebooks = p.num_codebooks, s.entries = 1 << p.codebook_bits, s.vec_len = p.vec_len;
     s.x = io.x, s.x_stride = io.x_stride, s.x_dtype = io.dtype;
     s.codebooks = p.codebooks, s.norms = p.norms;
-    const Gather gather{static_cast<const unsigned char*>(p.codes),
-                        static_cast<const unsigned char*>(p.scales),
-                        chunks,
-                        chunks / plan.row_blocks,
-                        chunks % plan.row_blocks,
-                        partial};
+    s.book_bytes = p.num_codebooks * s.entries * p.vec_len * (p.float_scales ? 4 : 2);
+    const Gather gather{static_cast<const unsigned char*>(p.codes), static_cast<const unsigned char*>(p.scales), chunks,
+                        plan.rows, partial};
     if (p.codebook_bits > 8) {
       launch_wide(s, gather, plan, gpu);
     } else if (is_float(plan.word)) {

@@ -10,7 +10,7 @@ struct Gather {  // of a launch
   const unsigned char* codes;
   const unsigned char* scales;  // [groups][rows], fp32 for fp32 entries, else fp16
   int chunks;                   // of 32 rows
-  int block_chunks, longer;     // of a block; the first `longer` blocks have one more
+  BlockPlan rows;               // chunks of a block
   float* partial;
 };
 
@@ -138,9 +138,9 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
   const int first_unit = tile * kTileUnits, m = blockIdx.z * kTokens;
   const int group =
       min(divide(first_unit + lane, s.units.units_per_group, s.units_per_group_inverse), s.units.groups - 1);
-  const int row_block = static_cast<int>(blockIdx.y);
-  const int first_chunk = row_block * gather.block_chunks + min(row_block, gather.longer);
-  const int end_chunk = first_chunk + gather.block_chunks + (row_block < gather.longer ? 1 : 0);
+  const OwnBlocks own = own_blocks(gather.rows, blockIdx.y);
+  const int first_chunk = own.first_unit(), end_chunk = own.end_unit();
+  choose_codebooks(s, own.sibling);
 
   const unsigned char* codes =
       gather.codes + static_cast<int64_t>(tile) * gather.chunks * (kChunkRows * kTileRowBytes) + 16 * lane;
@@ -165,8 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1) codegemm_kernel(PsumShape s, Gath
     if constexpr (kScalesFirst) load_scales(chunk);
   }
   // While the table is made, memory goes on: the centroids, and the chunks after the first, come to L2.
-  const int64_t book_bytes = static_cast<int64_t>(s.num_codebooks) * max(s.entries, 8) * kVec * scale_bytes(kWord);
-  if (threadIdx.x * 128 < book_bytes && s.entries >= 8) {
+  if (threadIdx.x * 128 < s.book_bytes) {
     prefetch_l2(static_cast<const unsigned char*>(s.codebooks) + threadIdx.x * 128);
   }
 #pragma unroll

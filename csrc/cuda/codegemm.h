@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/problem.h"
+#include "cuda/siblings.h"
 
 namespace lutgemm::cuda {
 
@@ -30,6 +31,7 @@ constexpr CodegemmUnits codegemm_units(int64_t K, int64_t group_size, int num_co
 
 // Rows are padded to whole chunks: one row for each lane of a warp.
 constexpr int kChunkRows = 32;
+static_assert(kChunkRows == kSiblingRows);
 
 // codes, up to 8 codebook_bits (codegemm): uint8 [ceil(units / 32)][rows / 4][32 units][4 rows][4 columns]
 //        above (codegemm_wide):            uint16 [units][rows][4 columns]
@@ -45,6 +47,7 @@ struct CodegemmProblem {
                           // book_unit, at least 8 entries, the largest value of each codebook from 1 to 2
   const float* norms;     // [num_codebooks]: the largest Euclidean norm of a centroid of each; then scale_unit, and
                           // [num_codebooks] book_unit
+  Siblings siblings;      // codebooks and norms are those of each, one after another
   void* workspace;
 };
 
@@ -60,6 +63,7 @@ struct CodegemmPlan {
   int tiles;        // along K
   int splits;       // blocks along K, and of the workspace: tiles, or halves of tiles
   int row_blocks;   // blocks along N
+  BlockPlan rows;   // of each
   int slab_tokens;  // of a launch; the grid has slab_tokens / tokens layers
   int64_t shared_bytes;
 };

@@ -13,6 +13,8 @@ __global__ void __launch_bounds__(kWideThreads) codegemm_wide_kernel(PsumShape s
   float* staged = table + kWideEntries;                       // [column][vec_len]
   const int tile = blockIdx.x, m = blockIdx.z, first_unit = tile * tile_units;
   const int columns = min(tile_units, s.units.units - first_unit) * kUnitColumns;
+  const OwnBlocks own = own_blocks(gather.rows, blockIdx.y);
+  choose_codebooks(s, own.sibling);
   grid_dependency_wait();
   for (int i = threadIdx.x; i < columns * s.vec_len; i += kWideThreads) {
     const int index = i / s.vec_len;
@@ -38,8 +40,7 @@ __global__ void __launch_bounds__(kWideThreads) codegemm_wide_kernel(PsumShape s
   const auto* scales = reinterpret_cast<const float*>(gather.scales);       // [groups][rows]
   const int rows = gather.chunks * kChunkRows;
   const uint32_t mask = s.entries - 1;
-  const int first_row = static_cast<int>(static_cast<int64_t>(blockIdx.y) * gather.chunks / gridDim.y) * kChunkRows;
-  const int end_row = static_cast<int>(static_cast<int64_t>(blockIdx.y + 1) * gather.chunks / gridDim.y) * kChunkRows;
+  const int first_row = own.first_unit() * kChunkRows, end_row = own.end_unit() * kChunkRows;
   for (int n = first_row + threadIdx.x; n < end_row; n += kWideThreads) {
     float y = 0.f;
 #pragma unroll 2

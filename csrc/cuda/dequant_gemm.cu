@@ -1,7 +1,12 @@
 // y = x @ W.T with W made in registers from the units of bit_planes.cuh, and fp16 products with fp32 sums.
 //
 //   y[m, n] = token_scale[m] * row_scale[n] *
-//             sum over k of half(x[m, k] / token_scale[m]) * half(W[n, k] / row_scale[n])
+//             sum over k of half((x[m, k] - mean[m]) / token_scale[m]) * half(W[n, k] / row_scale[n])
+//           + mean[m] * row_sum[n]
+//
+// The elements of a row and group have few values, so that what rounding W takes from them does not cancel: it is as if
+// all were off by some 2^-13 of the largest, which activations of one sign would add up, K of them. So the mean of a
+// token that is not of both signs alike is multiplied by the exact sums of rows; it is 0 for all others.
 //
 // Both scales are powers of two that bring the largest |x| of a token and |W| of a row to the upper range of fp16, so
 // that its 11 bits hold whatever dtype and magnitude come in: errors are 2^-12 of an element of W, or 2^-17 of the
@@ -42,7 +47,8 @@ int64_t tokens_bytes(const DequantGemmProblem& p, const DequantGemmPlan& plan) {
   return p.weight.chunks * all_tokens(plan) * kTokenChunkBytes;
 }
 
-int64_t token_scales_bytes(const DequantGemmPlan& plan) { return round_up(all_tokens(plan) * 4, 16); }
+// Scales, and behind them means.
+int64_t token_facts_bytes(const DequantGemmPlan& plan) { return round_up(2 * all_tokens(plan) * 4, 16); }
 
 struct TokenOrder {
   bool wgmma;
@@ -54,17 +60,20 @@ constexpr int kPrepareThreads = 256;
 constexpr int kPreparedTokens = 2;                                 // of a block; more would leave multiprocessors idle
 constexpr int kPreparedFours = kPrepareThreads / kPreparedTokens;  // groups of 4 columns at a time
 
-// Two tokens by a block: their scales, and their columns in the order of the products. Tokens past M are zeros. A warp
-// has 64 columns of both, so that it fills sectors of 32 bytes on both sides.
+constexpr float kOneSided = 8.0f;  // of the square of a token's sum over its sum of squares: 1 for random signs
+
+// Two tokens by a block: their scales and means, and their columns in the order of the products. Tokens past M are
+// zeros. A warp has 64 columns of both, so that it fills sectors of 32 bytes on both sides.
 __global__ void __launch_bounds__(kPrepareThreads)
-    prepare_tokens_kernel(const GpuIo io, int64_t chunks, TokenOrder order, uint32_t* tokens, float* token_scales) {
-  LUTGEMM_SHARED(float, warp_max, [kPreparedTokens][kPrepareThreads / kWarpSize]);
+    prepare_tokens_kernel(const GpuIo io, int64_t chunks, TokenOrder order, uint32_t* tokens, float* token_scales,
+                          float* token_means) {
+  LUTGEMM_SHARED(float4, warp_facts, [kPreparedTokens][kPrepareThreads / kWarpSize + 1]);  // tokens in banks apart
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, t = lane % 4, own = lane / 4 % 2;
   const unsigned m = blockIdx.x * kPreparedTokens + own;
   const int64_t first_four = warp * 16 + lane / 8 * 4 + t;
   grid_dependency_wait();
   launch_dependents();
-  const int64_t fours = m < io.M ? ceil_div(io.K, 4) : 0;
+  const int64_t columns = m < io.M ? io.K : 0, fours = ceil_div(columns, 4);
   const auto load_some = [&](int64_t first, uint4(&bits)[kLoadsOfX]) {
 #pragma unroll
     for (int i = 0; i < kLoadsOfX; ++i) {
@@ -72,7 +81,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
       bits[i] = four < fours ? load_four(io, m, 4 * four) : make_uint4(0, 0, 0, 0);
     }
   };
-  float most = 0.0f;
+  float high = -INFINITY, low = INFINITY, sum = 0.0f, squares = 0.0f;
   for (int64_t first = first_four; first < fours; first += kLoadsOfX * kPreparedFours) {
     uint4 bits[kLoadsOfX];
     load_some(first, bits);
@@ -81,23 +90,38 @@ __global__ void __launch_bounds__(kPrepareThreads)
       float v[4];
       as_four(io.dtype, bits[i], v);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(v[e]));
+      for (int e = 0; e < 4; ++e) {
+        high = fmaxf(high, v[e]), low = fminf(low, v[e]);
+        sum += v[e], squares = fmaf(v[e], v[e], squares);
+      }
     }
   }
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    if (distance != 4) most = fmaxf(most, __shfl_xor_sync(kFullMask, most, distance));  // lane ^ 4 has the other token
+    if (distance == 4) continue;  // lane ^ 4 has the other token
+    high = fmaxf(high, __shfl_xor_sync(kFullMask, high, distance));
+    low = fminf(low, __shfl_xor_sync(kFullMask, low, distance));
+    sum += __shfl_xor_sync(kFullMask, sum, distance);
+    squares += __shfl_xor_sync(kFullMask, squares, distance);
   }
-  if (lane < 8 && t == 0) warp_max[own][warp] = most;
+  if (lane < 8 && t == 0) warp_facts[own][warp] = make_float4(high, low, sum, squares);
   __syncthreads();
+  sum = squares = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kPrepareThreads / kWarpSize; ++w) most = fmaxf(most, warp_max[own][w]);
+  for (int w = 0; w < kPrepareThreads / kWarpSize; ++w) {
+    const float4 facts = warp_facts[own][w];
+    high = fmaxf(high, facts.x), low = fminf(low, facts.y);
+    sum += facts.z, squares += facts.w;
+  }
+  // Not where the squares overflow: infinity is not larger than infinity.
+  const float mean = sum * sum > kOneSided * squares ? sum / static_cast<float>(io.K) : 0.0f;
+  const float most = fmaxf(0.0f, fmaxf(high - mean, mean - low));
   // 2^(exponent of most - 14): the largest becomes 2^14 .. 2^15. 1 for zeros, subnormals, and infinities.
   const int exponent = (__float_as_int(most) >> 23) & 0xff;
   const int biased = exponent <= 15 || exponent == 255 ? 127 : exponent - 14;
   const float scale = __int_as_float(biased << 23);
   const float inverse = 1.0f / scale;
-  if (warp == 0 && lane < 8 && t == 0) token_scales[m] = scale;
+  if (warp == 0 && lane < 8 && t == 0) token_scales[m] = scale, token_means[m] = mean;
 
   const int64_t all_fours = chunks * (kPlanesChunk / 4);
   const unsigned block = m / order.block_tokens, in_block = m % order.block_tokens;
@@ -110,6 +134,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
       if (four >= all_fours) break;
       float v[4];
       as_four(io.dtype, bits[i], v);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) v[e] = 4 * four + e < columns ? v[e] - mean : 0.0f;
       const int p = static_cast<int>(four % 32) / 4;
       const float factor = inverse * __int_as_float((127 - order.field_width * p % 8) << 23);
       const uint32_t even = pair_bits(__floats2half2_rn(v[0] * factor, v[2] * factor));
@@ -218,7 +244,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2) dequant_gemm_kernel(cons
         const int64_t n = (first_tile + r) * kPlanesTileRows + g + 8 * (e / 2);
         if (m >= w.io.M || n >= w.io.N) continue;
         const float of_row = acc[r][i][e] * (arguments.problem.row_scales[n] * kRegisterUnit);
-        const float sum = of_row * arguments.token_scales[m];  // in this order as in wgmma_gemm.cu
+        float sum = of_row * arguments.token_scales[m];  // in this order as in wgmma_gemm.cu
+        if (blockIdx.y == 0) sum += arguments.problem.row_sums[n] * arguments.token_means[m];
         if (arguments.partial != nullptr) {
           arguments.partial[(blockIdx.y * w.io.M + m) * w.io.N + n] = sum;
         } else {
@@ -283,7 +310,7 @@ DequantGemmPlan plan_dequant_gemm(const DequantGemmProblem& problem, const Gpu& 
 
 int64_t dequant_gemm_workspace(const DequantGemmProblem& problem, const Gpu& gpu) {
   const DequantGemmPlan plan = plan_dequant_gemm(problem, gpu);
-  return tokens_bytes(problem, plan) + token_scales_bytes(plan) + split_workspace(problem.weight.io, plan.splits);
+  return tokens_bytes(problem, plan) + token_facts_bytes(plan) + split_workspace(problem.weight.io, plan.splits);
 }
 
 void dequant_gemm(const DequantGemmProblem& problem, const Gpu& gpu) {
@@ -292,14 +319,15 @@ void dequant_gemm(const DequantGemmProblem& problem, const Gpu& gpu) {
   auto* workspace = static_cast<unsigned char*>(w.workspace);
   auto* tokens = reinterpret_cast<uint32_t*>(workspace);
   auto* token_scales = reinterpret_cast<float*>(workspace + tokens_bytes(problem, plan));
-  float* partial = reinterpret_cast<float*>(workspace + tokens_bytes(problem, plan) + token_scales_bytes(plan));
+  float* token_means = token_scales + all_tokens(plan);
+  float* partial = reinterpret_cast<float*>(workspace + tokens_bytes(problem, plan) + token_facts_bytes(plan));
   if (plan.splits == 1) partial = nullptr;
 
   const TokenOrder order{plan.wgmma, unsigned(plan.wgmma ? plan.tokens : all_tokens(plan)), field_width(w)};
   const LaunchShape prepare{dim3(unsigned(all_tokens(plan) / kPreparedTokens)), dim3(kPrepareThreads), 0, gpu.stream,
                             true};
-  launch(prepare_tokens_kernel, prepare, w.io, w.chunks, order, tokens, token_scales);
-  const GemmArguments arguments{problem, plan, tokens, token_scales, partial};
+  launch(prepare_tokens_kernel, prepare, w.io, w.chunks, order, tokens, token_scales, token_means);
+  const GemmArguments arguments{problem, plan, tokens, token_scales, token_means, partial};
   if (plan.wgmma) {
     launch_wgmma_gemm(arguments, gpu);
   } else {

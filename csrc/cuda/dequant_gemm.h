@@ -15,6 +15,7 @@ enum class GemmForm : int { kBest, kMmaSync, kWgmma };
 struct DequantGemmProblem {
   BitPlanesProblem weight;  // with its io; workspace is of dequant_gemm_workspace bytes
   const float* row_scales;  // [16 * tiles], powers of two that bring the rows of W near 2^8
+  const float* row_sums;    // [16 * tiles], of the elements of each row
   GemmForm form;
 };
 
@@ -33,6 +34,7 @@ struct GemmArguments {
   DequantGemmPlan plan;
   const uint32_t* tokens;     // the prepared activations, in the form's order
   const float* token_scales;  // [plan.tokens * token_blocks]
+  const float* token_means;   // [plan.tokens * token_blocks], what was taken from each element
   float* partial;             // [splits, M, N], or null for one split
 };
 

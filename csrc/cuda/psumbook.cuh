@@ -74,7 +74,14 @@ struct PsumShape {
   DType x_dtype;
   const void* codebooks;  // fp32, or fp16 for integer words (codegemm.h)
   const float* norms;
+  int book_bytes;  // of one sibling's codebooks
 };
+
+// s of one of several siblings.
+__device__ __forceinline__ void choose_codebooks(PsumShape& s, int sibling) {
+  s.codebooks = static_cast<const unsigned char*>(s.codebooks) + static_cast<int64_t>(sibling) * s.book_bytes;
+  s.norms += sibling * (2 * s.num_codebooks + 1);
+}
 
 // n / d for n >= 0, given 1 / d in fp32, in a third of the instructions: three roundings of 2**-24 leave the estimate
 // off by one at most.

@@ -209,6 +209,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) wgmma_gemm_kernel(const 
   const int64_t n = static_cast<int64_t>(row_block) * kBlockRows + threadIdx.x;
   if (n >= w.io.N) return;
   const float row_unit = arguments.problem.row_scales[n] * kRegisterUnit;
+  const float row_sum = blockIdx.y == 0 ? arguments.problem.row_sums[n] : 0.0f;
   const bool whole = arguments.partial == nullptr;
   const float bias = whole && w.io.bias != nullptr ? load_value(w.io.bias, w.io.dtype, n) : 0.0f;
   const int64_t first_token = static_cast<int64_t>(token_block) * kTokens;
@@ -216,7 +217,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) wgmma_gemm_kernel(const 
   for (int m = 0; m < tokens; ++m) {
     // Row first: what a token of 2^100 gives is then finite, wherever y is.
     const float of_row = sums[m * kSumsPitch + threadIdx.x] * row_unit;
-    const float sum = of_row * arguments.token_scales[first_token + m] + bias;
+    const float mean = row_sum * arguments.token_means[first_token + m];
+    const float sum = of_row * arguments.token_scales[first_token + m] + mean + bias;
     if (whole) {
       store_value(w.io.y, w.io.dtype, (first_token + m) * w.io.N + n, sum);
     } else {

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import chunks_of_step, store_tile
+from .tiles import chunks_of_step, first_book, store_tile
 
 
 @triton.jit
@@ -58,10 +58,10 @@ def gather(ptr, at, mask, REVERSED: tl.constexpr):
 @triton.jit
 def codegemm_kernel(
     psums_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr,
-    M, N, num_vectors, num_groups, num_steps, steps_per_split,
+    M, N, num_vectors, num_groups, num_steps, steps_per_split, end0, end1, end2,
     BOOKS: tl.constexpr, ENTRIES: tl.constexpr, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr,
-    GROUP_UNITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr, STAGES: tl.constexpr, REVERSED: tl.constexpr,
+    GROUP_UNITS: tl.constexpr, SIBLINGS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(N, BLOCK_N)
     m = tl.program_id(0) // row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -69,7 +69,8 @@ def codegemm_kernel(
     split = tl.program_id(1)
     begin = split * steps_per_split
     row = n.to(tl.int64)[None, None, :] * num_vectors
-    token = m[:, None, None, None] * BOOKS * num_vectors  # 32 bits hold every index: the caller sees to that
+    token = m[:, None] * (SIBLINGS * BOOKS) + first_book(n, end0, end1, end2, BOOKS, SIBLINGS)[None, :]
+    token = token[:, None, None, :] * num_vectors  # 32 bits hold every index: the caller sees to that
     plane_codes = tl.cast(N, tl.int64) * num_vectors
     acc = tl.zeros([BLOCK_M, CHUNKS, BLOCK_N], tl.float32)
     for step in tl.range(begin, tl.minimum(begin + steps_per_split, num_steps), num_stages=STAGES):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
+WORD = 32
+"""Weights of a code word of BCQ."""
 MAX_PARTS = 64
 """Most parts of y in a workspace: it is M * N * 4 bytes a part."""
 SLOTS = {"lut_gemm": 5.0, "biqgemm": 5.0, "codegemm": 7.0}
@@ -31,6 +33,8 @@ DOT_PER_CLOCK = {2: 1024, 4: 128}
 WARPS_TO_HIDE = 12
 """Warps on a multiprocessor from which on latencies are hidden."""
 LAUNCH_US = 2.0
+TOKEN_CLASSES = (1, 2, 4, 8, 16, 64, 512)
+"""The largest M of each class."""
 MAX_ELEMENTS = 1 << 20
 """Triton's limit of a tensor in a kernel."""
 
@@ -82,6 +86,24 @@ class Config(NamedTuple):
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def token_class(m: int) -> int:
+    """The M that stands for m where nearly equal ones are treated alike: it is what tuning measures."""
+    return next((most for most in TOKEN_CLASSES if m <= most), power_of_two(m))
+
+
+def bcq_task(algorithm: str, m: int, n: int, k: int, bits: int, group_size: int, x_bytes: int) -> Task:
+    """`bcq_linear` of x `[m, k]`, an element of which has x_bytes, and W `[n, k]`."""
+    return Task(algorithm, m, n, k, bits, WORD, -(-min(group_size, k) // WORD), x_bytes)
+
+
+def codebook_task(
+    algorithm: str, m: int, n: int, k: int, codebooks: tuple[int, int, int], group_size: int, x_bytes: int
+) -> Task:
+    """`codebook_linear`, as `bcq_task`. codebooks: how many, entries of each, and vec_len, the shape of the tensor."""
+    books, entries, vec_len = codebooks
+    return Task(algorithm, m, n, k, books, vec_len, -(-min(group_size, k) // vec_len), x_bytes, entries)
 
 
 def num_steps(task: Task, config: Config) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import bcq_tile, codebook_tile, store_tile
+from .tiles import bcq_tile, codebook_tile, first_book, store_tile
 
 
 @triton.jit
@@ -55,21 +55,22 @@ def bcq_dequant_gemm_kernel(
 @triton.jit
 def codebook_dequant_gemm_kernel(
     x_ptr, codes_ptr, codebooks_ptr, scales_ptr, bias_ptr, out_ptr,
-    M, N, K, num_vectors, num_groups, num_steps, steps_per_split,
+    M, N, K, num_vectors, num_groups, num_steps, steps_per_split, end0, end1, end2,
     BOOKS: tl.constexpr, ENTRIES: tl.constexpr, VEC_LEN: tl.constexpr, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr,
-    GROUP_UNITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
-    STAGES: tl.constexpr,
+    GROUP_UNITS: tl.constexpr, SIBLINGS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     token_blocks = tl.cdiv(M, BLOCK_M)
     m = tl.program_id(0) % token_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // token_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = first_book(n, end0, end1, end2, BOOKS, SIBLINGS)
     split = tl.program_id(1)
     begin = split * steps_per_split
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(begin, tl.minimum(begin + steps_per_split, num_steps), num_stages=STAGES):
         x = load_x(x_ptr, m, step * BLOCK_U * VEC_LEN + tl.arange(0, BLOCK_U * VEC_LEN), M, K)
         w = codebook_tile(
-            step * BLOCK_U + tl.arange(0, BLOCK_U), n, codes_ptr, codebooks_ptr, scales_ptr,
+            step * BLOCK_U + tl.arange(0, BLOCK_U), n, first, codes_ptr, codebooks_ptr, scales_ptr,
             N, num_vectors, num_groups, GROUP_UNITS, BOOKS, ENTRIES, VEC_LEN,
         )  # fmt: skip
         w = tl.reshape(w.to(x.dtype), [BLOCK_U * VEC_LEN, BLOCK_N])

@@ -48,7 +48,7 @@ def codebook_dequantize_kernel(
     n = row_begin + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     vector = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)
     w = codebook_tile(
-        vector, n, codes_ptr, codebooks_ptr, scales_ptr, N, num_vectors, num_groups,
+        vector, n, tl.zeros_like(n), codes_ptr, codebooks_ptr, scales_ptr, N, num_vectors, num_groups,
         GROUP_UNITS, BOOKS, ENTRIES, VEC_LEN,
     )  # fmt: skip
     k = vector[:, None] * VEC_LEN + tl.arange(0, VEC_LEN)[None, :]

@@ -25,10 +25,12 @@ LANES_ALONG_FIRST = VERSION < (3, 7)
 """Along which dimension Triton lays the lanes of a gather by computed addresses: the first one, later the last one.
 `codegemm` needs it to be N, or else sums over a chunk cross lanes: three times the instructions."""
 
-WORD = 32
 REDUCE_BLOCK = 1024
 DEQUANTIZE_WIDTH = 512
 """Elements of a row in a tile of `dequantize`, at most."""
+
+PANEL_BYTES = 32 << 20
+"""Most bytes of dequantized weight at a time: less than the L2 cache of an H100, where the matmul then finds it."""
 
 INTERPRETED = not isinstance(reduce_kernel, JITFunction)
 if INTERPRETED:
@@ -58,15 +60,6 @@ def wrap_triton(kernel: Any) -> Any:
     return _Fusing(kernel) if wrapped is kernel else wrapped
 
 
-def group_units(in_features: int, group_size: int, unit: int) -> int:
-    """Units of a group; of the row where one group holds all of it."""
-    return -(-min(group_size, in_features) // unit)
-
-
-def num_groups(in_features: int, group_size: int) -> int:
-    return -(-in_features // group_size)
-
-
 def new_out(x: Tensor, rows: int, parts: int) -> Tensor:
     """Where a kernel writes: y itself, or a workspace of fp32 parts of it."""
     if parts == 1:
@@ -84,7 +77,7 @@ def without_ratios(
     if ratios is None:
         return scales, offsets, scale_kind
     wide = None if offsets is None else offsets.to(torch.float32)
-    return scales.to(torch.float32) * ratios[:, None, None], wide, "free"
+    return scales.to(torch.float32) * ratios.view(-1, 1, 1), wide, "free"
 
 
 def dequantize_tile(w: Tensor, unit: int, units: int) -> tuple[int, int]:
@@ -104,4 +97,24 @@ def sum_parts(x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
         out, out if bias is None else bias, y, y.numel(), y.shape[1], out.shape[0],
         HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK, num_warps=4,
     )  # fmt: skip
+    return y
+
+
+def by_panels(x: Tensor, out_features: int, bias: Tensor | None, fill: Callable[[Tensor, int], None]) -> Tensor:
+    """x `[M, K]` times W, made panel by panel. fill(w, begin) puts W's rows from begin on into w, of x's dtype."""
+    k = x.shape[1]
+    panel = max(1, PANEL_BYTES // (k * x.element_size()))
+
+    def part(begin: int, rows: int) -> Tensor:
+        w = x.new_empty(rows, k)
+        fill(w, begin)
+        return torch.nn.functional.linear(x, w, None if bias is None else bias.narrow(0, begin, rows))
+
+    with torch.autocast(x.device.type, enabled=False):
+        if panel >= out_features:
+            return part(0, out_features)
+        y = x.new_empty(x.shape[0], out_features)
+        for begin in range(0, out_features, panel):
+            rows = min(panel, out_features - begin)
+            y.narrow(1, begin, rows).copy_(part(begin, rows))
     return y

@@ -173,17 +173,32 @@ def bcq_tile(
 
 
 @triton.jit
+def first_book(n, end0, end1, end2, BOOKS: tl.constexpr, SIBLINGS: tl.constexpr):
+    """Where the codebooks of rows n begin, of SIBLINGS stacked weights that end before the rows end0, end1, ..."""
+    sibling = tl.zeros_like(n)
+    if SIBLINGS > 1:
+        sibling += (n >= end0).to(tl.int32)
+    if SIBLINGS > 2:
+        sibling += (n >= end1).to(tl.int32)
+    if SIBLINGS > 3:
+        sibling += (n >= end2).to(tl.int32)
+    return sibling * BOOKS
+
+
+@triton.jit
 def codebook_tile(
-    vector, n, codes_ptr, codebooks_ptr, scales_ptr, N, num_vectors, num_groups,
+    vector, n, first, codes_ptr, codebooks_ptr, scales_ptr, N, num_vectors, num_groups,
     GROUP_UNITS: tl.constexpr, BOOKS: tl.constexpr, ENTRIES: tl.constexpr, VEC_LEN: tl.constexpr,
 ):  # fmt: skip
-    """W of rows n and vectors `[U]` as SPEC.md defines it, rounding by rounding: fp32 `[U, VEC_LEN, N]`."""
+    """W of rows n, whose codebooks begin at `first`, and vectors `[U]` as SPEC.md defines it, rounding by rounding:
+    fp32 `[U, VEC_LEN, N]`."""
     row = n.to(tl.int64)[None, :]
     live = (n < N)[None, :] & (vector < num_vectors)[:, None]
     plane_codes = tl.cast(N, tl.int64) * num_vectors
     for book in tl.static_range(BOOKS):
         codes = tl.load(codes_ptr + book * plane_codes + row * num_vectors + vector[:, None], mask=live, other=0)
-        at = (book * ENTRIES + codes.to(tl.int32))[:, None, :] * VEC_LEN + tl.arange(0, VEC_LEN)[None, :, None]
+        entry = (first[None, :] + book) * ENTRIES + codes.to(tl.int32)
+        at = entry[:, None, :] * VEC_LEN + tl.arange(0, VEC_LEN)[None, :, None]
         centroid = tl.load(codebooks_ptr + at).to(tl.float32)
         if book == 0:
             w = centroid

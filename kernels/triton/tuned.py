@@ -2,8 +2,8 @@
 found and made.
 
 A file in the user's cache folder (beside the CPU's) has an entry for each GPU and version of Triton; in an entry, the
-fastest configuration of each class of problems: a `Task` whose M is the next power of two. A call looks in what was
-read at the first one; nothing is ever timed in a call, so nothing is while a CUDA graph is captured.
+fastest configuration of each class of problems: a `Task` whose M is a `token_class`. A call looks in what was read at
+the first one; nothing is ever timed in a call, so nothing is while a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -20,26 +21,18 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import tuned as on_cpu
-from ..checkpoint.atomic import write_file
-from ..checkpoint.json_file import dump_json, read_json
+from ..backends.tuned_file import VARIABLE, TunedFile, switched_off
 from ..errors import BackendError, CheckpointError
-from .config import MAX_PARTS, Config, Device, Task, blocks, candidates, power_of_two
+from .config import MAX_PARTS, Config, Device, Task, blocks, candidates, token_class
 
 FORMAT, FORMAT_VERSION = "lutgemm-tuned-triton", 1
-FILE_LIMIT = 4 << 20
-MAX_ENTRIES, MAX_CONFIGS = 16, 4096
-REMEDY = "run `lutgemm tune --backend triton` again, or delete the file"
+COMMAND = "lutgemm tune --backend triton"
+FILE = TunedFile("tuned-triton.json", FORMAT, FORMAT_VERSION, ("device", "triton", "lutgemm"), COMMAND)
+MAX_CONFIGS = 4096
 ALGORITHMS = ("lut_gemm", "biqgemm", "codegemm", "dequant_gemm")
 CANDIDATES = 8
 """How many of the candidates that the model calls cheapest are timed."""
 Found = dict[Task, Config]
-
-
-def cache_file() -> Path | None:
-    """The file, there or not; None for a user without a home folder."""
-    beside = on_cpu.cache_file()
-    return None if beside is None else beside.with_name("tuned-triton.json")
 
 
 def device_name(index: int | None) -> str:
@@ -51,7 +44,7 @@ def device_name(index: int | None) -> str:
 
 def problem_class(task: Task) -> Task:
     """The task that stands for all of nearly the same M."""
-    return task._replace(M=power_of_two(task.M))
+    return task._replace(M=token_class(task.M))
 
 
 def _whole(value: Any, least: int, most: int) -> bool:
@@ -79,22 +72,6 @@ def _config(row: Any) -> tuple[Task, Config]:
     return task, config
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of the file, rows unchecked. Raises `CheckpointError` for a bad file."""
-    try:
-        if not path.exists():
-            return []
-    except OSError:
-        return []
-    found = read_json(path, FILE_LIMIT, REMEDY)
-    if (found.get("format"), found.get("version")) != (FORMAT, FORMAT_VERSION):
-        raise CheckpointError(f"{path}: is not of format {FORMAT!r}, version {FORMAT_VERSION}; {REMEDY}")
-    entries = found.get("entries")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{path}: 'entries' is no list of objects; {REMEDY}")
-    return entries
-
-
 def _key(device: str) -> dict[str, str]:
     return {"device": device, "triton": metadata.version("triton"), "lutgemm": __version__}
 
@@ -102,40 +79,30 @@ def _key(device: str) -> dict[str, str]:
 def read(path: Path, device: str) -> Found:
     """What the file has for this device with this Triton and lutgemm. Raises `CheckpointError` for a bad file."""
     key = _key(device)
-    for entry in _entries(path):
+    for entry in FILE.read(path):
         if all(entry.get(name) == value for name, value in key.items()):
             rows = entry.get("configs")
             if not isinstance(rows, list) or len(rows) > MAX_CONFIGS:
-                raise CheckpointError(f"{path}: 'configs' is no list of at most {MAX_CONFIGS}; {REMEDY}")
+                raise CheckpointError(f"{path}: 'configs' is no list of at most {MAX_CONFIGS}; {FILE.remedy}")
             try:
                 return dict(map(_config, rows))
             except ValueError as error:
-                raise CheckpointError(f"{path}: {error}; {REMEDY}") from None
+                raise CheckpointError(f"{path}: {error}; {FILE.remedy}") from None
     return {}
 
 
 def save(path: Path, device: str, found: Found) -> None:
     """Put configurations into the file beside those there are. Raises `CheckpointError` when it cannot be written."""
-    key = _key(device)
-    try:
+    with suppress(CheckpointError):  # what cannot be read is replaced
         found = read(path, device) | found
-        others = [e for e in _entries(path) if any(e.get(name) != value for name, value in key.items())]
-    except CheckpointError:  # what cannot be read is replaced
-        others = []
     rows = [{"task": list(task), "config": list(config)} for task, config in found.items()][-MAX_CONFIGS:]
-    entry = {**key, "date": datetime.date.today().isoformat(), "configs": rows}
-    document = {"format": FORMAT, "version": FORMAT_VERSION, "entries": [*others[-MAX_ENTRIES + 1 :], entry]}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, dump_json(document))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}; set XDG_CACHE_HOME") from error
+    FILE.save(path, {**_key(device), "date": datetime.date.today().isoformat(), "configs": rows})
 
 
 @lru_cache(maxsize=16)
 def _in_use(device: str) -> Found:
-    path = cache_file()
-    if path is None or on_cpu.switched_off():
+    path = FILE.path()
+    if path is None or switched_off():
         return {}
     try:
         return read(path, device)
@@ -147,6 +114,20 @@ def _in_use(device: str) -> Found:
 def find(task: Task, device: str) -> Config | None:
     """The configuration measured for tasks like this one, or None. The file is read once; see `forget`."""
     return _in_use(device).get(problem_class(task))
+
+
+def status(device: str) -> str:
+    """One line on which configurations calls on the GPU of this name use, and why."""
+    path = FILE.path()
+    try:
+        if switched_off():
+            return f"estimated ({VARIABLE}=0)"
+        found = {} if path is None else read(path, device)
+    except (BackendError, CheckpointError) as error:
+        return f"estimated: {error}"
+    if not found:
+        return f"estimated; `{COMMAND}` measures them"
+    return f"measured for {len(found)} problems ({path}), else estimated"
 
 
 def forget() -> None:

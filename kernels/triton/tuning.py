@@ -14,10 +14,7 @@ from ..errors import ArgumentError, BackendError
 from ..formats import BCQWeight
 from ..testing.cases import OpCase
 from . import launch, tuned
-from .config import Config, Task
-
-TOKENS = (1, 2, 4, 8, 16, 64, 256)
-"""M that are timed; a call takes what was found for the next power of two."""
+from .config import TOKEN_CLASSES, Config, Task
 
 Timer = Callable[[Callable[[], Tensor]], float]
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
@@ -32,17 +29,11 @@ def default_timer(call: Callable[[], Tensor]) -> float:
 
 def tasks_of(case: OpCase, tokens: Iterable[int]) -> list[Task]:
     """What calls of a layer with so many tokens ask for, every algorithm with candidates at its M."""
-    size = case.torch_dtype.itemsize
-    if case.op == "bcq_linear":
-        units = launch.group_units(case.K, case.group_size or case.K, launch.WORD)
-        tables = ("lut_gemm", "biqgemm")
-        rest: tuple[int, ...] = (case.N, case.K, case.bits, launch.WORD, units, size)
-    else:
-        units = launch.group_units(case.K, case.group_size or case.K, case.vec_len)
-        tables = ("codegemm",)
-        rest = (case.N, case.K, case.num_codebooks, case.vec_len, units, size, 2**case.codebook_bits)
-    few = [Task(name, m, *rest) for m in tokens for name in tables if m <= 2 * backend.MAX_TABLE_TOKENS[name]]
-    return few + [Task("dequant_gemm", m, *rest) for m in tokens if 8 <= m <= backend.MAX_FUSED_TOKENS]
+    tables = [name for name in backend.BACKEND.algorithms[case.op] if name in backend.MAX_TABLE_TOKENS]
+    problems = [case.problem("cuda")._replace(M=m) for m in tokens]
+    few = [(p, name) for p in problems for name in tables if 2 * backend.MAX_TABLE_TOKENS[name] >= p.M]
+    more = [(p, "dequant_gemm") for p in problems if 8 <= p.M <= backend.MAX_FUSED_TOKENS]
+    return [backend.task_of(problem, name) for problem, name in few + more]
 
 
 def _runner(case: OpCase, device: torch.device) -> Callable[[Task, Config], Tensor]:
@@ -70,7 +61,7 @@ def _runner(case: OpCase, device: torch.device) -> Callable[[Task, Config], Tens
 
 def tune_triton(
     layers: Sequence[OpCase],
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] = TOKEN_CLASSES,
     *,
     timer: Timer = default_timer,
     progress: Progress = iter,
@@ -83,7 +74,7 @@ def tune_triton(
     """
     if reason := backend.BACKEND.unavailable():
         raise BackendError(f"there is nothing to measure, the Triton backend cannot run: {reason}")
-    path = tuned.cache_file()
+    path = tuned.FILE.path()
     if save and path is None:
         raise ArgumentError("you have no home folder to keep results in; set XDG_CACHE_HOME to an absolute path")
     index = None if backend.INTERPRETED else torch.cuda.current_device()

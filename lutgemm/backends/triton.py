@@ -29,9 +29,6 @@ OLDEST_CAPABILITY = (8, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 """Triton decides this when a kernel is defined, so a later change of the variable changes nothing."""
 
-PANEL_BYTES = 32 << 20
-"""Most bytes of dequantized weight at a time: less than the L2 cache of an H100, where the matmul then finds it."""
-
 MAX_TABLE_TOKENS = {"lut_gemm": 1, "biqgemm": 8, "codegemm": 4}
 """M up to which "auto" takes a table algorithm. Work on tables grows with M where tensor cores stand idle below 16
 tokens; by count of issue slots the lines cross between 8 and 16 (BCQ) and 4 and 8 (codebooks). Not measured."""
@@ -95,8 +92,29 @@ def _config(task: Task, device: int | None) -> list[int]:
     """The configuration of a call: a tuned one, else the candidate that the model calls cheapest."""
     from ..kernels import config, tuned
 
+    if task.algorithm == "dequantize":
+        return []
     found = None if INTERPRETED else tuned.find(task, tuned.device_name(device))
     return list(found or config.candidates(task, device_of(device))[0])
+
+
+def task_of(problem: Problem, algorithm: str) -> Task:
+    """A call of `problem` as the kernels see it."""
+    from ..kernels import config
+
+    size = problem.dtype.itemsize
+    if problem.op == "bcq_linear":
+        return config.bcq_task(algorithm, *problem[3:6], problem.planes, problem.group_size, size)
+    codebooks = (problem.planes, 1 << problem.codebook_bits, problem.vec_len)
+    return config.codebook_task(algorithm, *problem[3:6], codebooks, problem.group_size, size)
+
+
+def plan(problem: Problem, algorithm: str, device: int | None) -> tuple[list[int], bool]:
+    """The configuration of a call on the GPU of this index, and whether its tokens are all computed at once."""
+    task = task_of(problem, algorithm)
+    config = _config(task, device)
+    tokens = _launch().tokens_at_once(task, config)
+    return config, tokens is None or tokens >= problem.M
 
 
 def forget() -> None:
@@ -112,21 +130,6 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _dequantized_linear(x: Tensor, bias: Tensor | None, out_features: int, rows: object) -> Tensor:
-    """x `[M, K]` times W made panel by panel; rows(begin, end) returns W[begin:end] in x's dtype."""
-    assert callable(rows)
-    panel = max(1, PANEL_BYTES // (x.shape[1] * x.element_size()))
-    with torch.autocast(x.device.type, enabled=False):
-        if panel >= out_features:
-            return torch.nn.functional.linear(x, rows(0, out_features), bias)
-        y = x.new_empty(x.shape[0], out_features)
-        for begin in range(0, out_features, panel):
-            end = min(out_features, begin + panel)
-            part = None if bias is None else bias[begin:end]
-            y[:, begin:end] = torch.nn.functional.linear(x, rows(begin, end), part)
-    return y
-
-
 def _bcq_linear(
     x: Tensor,
     codes: Tensor,
@@ -140,29 +143,16 @@ def _bcq_linear(
     algorithm: str,
     accuracy: int,
 ) -> Tensor:
-    from ..kernels.config import Task
-
-    out_features, in_features, launch = codes.shape[1], x.shape[-1], _launch()
-    flat = x.reshape(-1, in_features).contiguous()
+    launch, k = _launch(), x.shape[-1]
+    (bits, n, _), group_size = codes.shape, min(group_size, k)
+    flat = x.reshape(-1, k).contiguous()
     given = [None if t is None else t.contiguous() for t in (codes, scales, offsets, zeros, ratios, bias)]
-    shape = (*x.shape[:-1], out_features)
     if not flat.shape[0]:
-        return x.new_empty(shape)
-    group_size = min(group_size, in_features)
+        return x.new_empty(*x.shape[:-1], n)
+    task = launch.bcq_task(algorithm, flat.shape[0], n, k, bits, group_size, x.element_size())
     with _on(x):
-        if algorithm == "dequantize":
-
-            def rows(begin: int, end: int) -> Tensor:
-                where = (in_features, group_size, scale_kind, begin, end, x.dtype)
-                found: Tensor = launch.bcq_dequantize(*given[:5], *where)
-                return found
-
-            return _dequantized_linear(flat, given[5], out_features, rows).view(shape)
-        units = launch.group_units(in_features, group_size, launch.WORD)
-        sizes = (flat.shape[0], out_features, in_features, codes.shape[0], launch.WORD, units, x.element_size())
-        config = _config(Task(algorithm, *sizes), x.device.index)
-        y: Tensor = launch.bcq_linear(flat, *given, group_size, scale_kind, algorithm, config)
-    return y.view(shape)
+        y: Tensor = launch.bcq_linear(flat, *given, group_size, scale_kind, algorithm, _config(task, x.device.index))
+    return y.view(*x.shape[:-1], n)
 
 
 def _codebook_linear(
@@ -175,30 +165,16 @@ def _codebook_linear(
     algorithm: str,
     accuracy: int,
 ) -> Tensor:
-    from ..kernels.config import Task
-
-    out_features, in_features, launch = codes.shape[1], x.shape[-1], _launch()
-    books, entries, vec_len = codebooks.shape
-    flat = x.reshape(-1, in_features).contiguous()
-    record = (codes.contiguous(), codebooks.contiguous(), scales.contiguous())
-    bias = None if bias is None else bias.contiguous()
-    shape = (*x.shape[:-1], out_features)
+    launch, k = _launch(), x.shape[-1]
+    n, group_size = codes.shape[1], min(group_size, k)
+    flat = x.reshape(-1, k).contiguous()
+    given = [None if t is None else t.contiguous() for t in (codes, codebooks, scales, bias)]
     if not flat.shape[0]:
-        return x.new_empty(shape)
-    group_size = min(group_size, in_features)
+        return x.new_empty(*x.shape[:-1], n)
+    task = launch.codebook_task(algorithm, flat.shape[0], n, k, tuple(codebooks.shape), group_size, x.element_size())
     with _on(x):
-        if algorithm == "dequantize":
-
-            def rows(begin: int, end: int) -> Tensor:
-                found: Tensor = launch.codebook_dequantize(*record, in_features, group_size, begin, end, x.dtype)
-                return found
-
-            return _dequantized_linear(flat, bias, out_features, rows).view(shape)
-        units = launch.group_units(in_features, group_size, vec_len)
-        sizes = (flat.shape[0], out_features, in_features, books, vec_len, units, x.element_size(), entries)
-        config = _config(Task(algorithm, *sizes), x.device.index)
-        y: Tensor = launch.codebook_linear(flat, *record, bias, group_size, algorithm, config)
-    return y.view(shape)
+        y: Tensor = launch.codebook_linear(flat, *given, group_size, algorithm, _config(task, x.device.index))
+    return y.view(*x.shape[:-1], n)
 
 
 def _unsupported(problem: Problem, algorithm: str) -> Reason | None:

@@ -18,7 +18,6 @@ from ..accuracy import ACCURACIES
 from ..backends import Problem, cuda, triton, tuned_gpu
 from ..backends.gpu_heuristics import GpuThreshold, choose_on_gpu
 from ..backends.heuristics import NO_CROSSING
-from ..backends.tuned_file import TunedFile
 from ..errors import ArgumentError, BackendError
 from ..testing.cases import OpCase
 from ._tune_common import print_json, print_reset, say_written, with_bar, writable
@@ -26,6 +25,9 @@ from ._tune_common import print_json, print_reset, say_written, with_bar, writab
 TRITON_COMMAND = "lutgemm tune --backend triton"
 TRITON_LAYERS = ("4096x4096", "6144x4096", "28672x4096", "4096x14336")
 """N x K of the layers of a model of 8 billion weights, queries, keys and values as one, and gate and up."""
+TRITON_BITS = (2, 3, 4)
+TRITON_CODEBOOKS = ((1, 4), (2, 8))
+"""num_codebooks and vec_len."""
 
 FULL = (tuning_gpu.SHAPES, tuning_gpu.TOKENS, tuning_gpu.SECONDS)
 QUICK = (tuning_gpu.QUICK_SHAPES, tuning_gpu.QUICK_TOKENS, tuning_gpu.QUICK_SECONDS)
@@ -119,7 +121,7 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def tune_triton(args: argparse.Namespace) -> int:
-    """Times block sizes of the Triton kernels, fp16, for the layers asked for; or forgets them for this GPU."""
+    """Times block sizes of the Triton kernels, in fp16, for the layers asked for; or forgets them for this GPU."""
     if reason := triton.missing() if args.reset else triton.BACKEND.unavailable():
         raise BackendError(f"there is nothing to measure, the Triton backend cannot run: {reason}")
     with torch.cuda.device(device_index(args.device)) if args.device else nullcontext():
@@ -129,10 +131,9 @@ def tune_triton(args: argparse.Namespace) -> int:
 def _reset_triton(args: argparse.Namespace) -> int:
     from ..kernels import tuned as of_triton
 
-    path = writable(of_triton.cache_file())
-    file = TunedFile(path.name, of_triton.FORMAT, of_triton.FORMAT_VERSION, ("device",), TRITON_COMMAND)
+    path = writable(of_triton.FILE.path())
     gpu = of_triton.device_name(torch.cuda.current_device() if torch.cuda.is_available() else None)
-    print_reset(path, file.reset(path, lambda entry: entry.get("device") == gpu, args.dry_run), args)
+    print_reset(path, of_triton.FILE.reset(path, lambda entry: entry.get("device") == gpu, args.dry_run), args)
     triton.forget()
     return 0
 
@@ -141,9 +142,14 @@ def _measure_triton(args: argparse.Namespace) -> int:
     from ..kernels import tuned as of_triton
     from ..kernels.tuning import tune_triton as measure
 
-    shapes = args.layer or [shape(text) for text in TRITON_LAYERS]
+    shapes = args.layer or [shape(text) for text in TRITON_LAYERS[: 1 if args.quick else None]]
+    every = not (args.bits or args.codebooks)
     base = OpCase(group_size=args.group_size, dtype="float16")
-    layers = [replace(base, N=n, K=k, bits=bits) for n, k in shapes for bits in args.bits or (2, 3, 4)]
+    formats = [replace(base, bits=bits) for bits in args.bits or (TRITON_BITS if every else ())]
+    for books, vec_len in args.codebooks or (TRITON_CODEBOOKS if every else ()):
+        books_of = replace(base, op="codebook_linear", num_codebooks=books, vec_len=vec_len, codebook_bits=8)
+        formats.append(books_of)
+    layers = [replace(case, N=n, K=k) for n, k in shapes for case in formats]
 
     def progress(plan: Sequence[Any]) -> Iterable[Any]:
         return tqdm(plan, unit="problem", file=sys.stderr)
@@ -151,7 +157,7 @@ def _measure_triton(args: argparse.Namespace) -> int:
     found = measure(layers, progress=progress, save=not args.dry_run)
     rows = [{"task": task._asdict(), "config": config._asdict()} for task, config in found.items()]
     if args.json:
-        print_json({"file": str(of_triton.cache_file()), "written": not args.dry_run, "configs": rows})
+        print_json({"file": str(of_triton.FILE.path()), "written": not args.dry_run, "configs": rows})
         return 0
     for task, config in found.items():
         text = " ".join(f"{name}={value}" for name, value in config._asdict().items())

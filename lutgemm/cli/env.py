@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__, _native
-from ..backends import backends, cpu, tuned, tuned_gpu
+from ..backends import backends, cpu, triton, tuned, tuned_gpu
 from ..testing.hardware import cpu_caches, cpu_flags, cpu_name, usable_cores
 from ..testing.targets import isa_in_use
 
@@ -61,6 +61,15 @@ def _build_info() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _triton_sizes() -> str | None:
+    """Where the block sizes of Triton's kernels are from; None where these cannot run."""
+    if triton.BACKEND.unavailable() is not None:
+        return None
+    from ..kernels import tuned as of_triton
+
+    return of_triton.status(of_triton.device_name(torch.cuda.current_device()))
+
+
 def collect() -> dict[str, Any]:
     """Everything that `lutgemm env` shows, as JSON values. A reason is null where a thing is present."""
     flags = cpu_flags()
@@ -86,6 +95,7 @@ def collect() -> dict[str, Any]:
         },
         "gpus": gpus,
         "gpu_thresholds": tuned_gpu.status() if gpus else None,
+        "triton_sizes": _triton_sizes() if gpus else None,
         "backends": backends(),
         "compiled": {"_C": _native.load_ops("_C"), "_C_cuda": _native.load_ops("_C_cuda"), "_host": _native.host()[1]},
         "build": _build_info(),
@@ -111,6 +121,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ]
     if found["gpu_thresholds"]:
         lines.append(f"thresholds   {found['gpu_thresholds']}")
+    if found["triton_sizes"]:
+        lines.append(f"block sizes  {found['triton_sizes']} (triton)")
     lines += ["", "backends"]
     for name, reason in found["backends"].items():
         detail = ""

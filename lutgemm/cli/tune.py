@@ -43,7 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer", type=shape, action="append", metavar="NxK", help=f"triton: a layer, repeatable ({TRITON_LAYERS})"
     )
-    parser.add_argument("--bits", type=int, action="append", metavar="B", help="triton: bits, repeatable (2, 3, 4)")
+    parser.add_argument(
+        "--bits", type=int, action="append", metavar="B", help="triton: BCQ's bits, repeatable (2, 3, 4)"
+    )
+    parser.add_argument(
+        "--codebooks",
+        type=shape,
+        action="append",
+        metavar="CxV",
+        help="triton: so many codebooks of 8 bits and vectors of V weights, repeatable (1x4, 2x8)",
+    )
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help="triton: group size (128)")
     parser.add_argument("--quick", action="store_true", help="smaller or fewer weights, about 20 seconds on a CPU")
     parser.add_argument("--threads", type=int, metavar="N", help="cpu: threads to measure with (as torch has them)")

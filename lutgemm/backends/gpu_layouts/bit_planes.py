@@ -101,8 +101,33 @@ def _row_scales(record: BcqRecord, rows: int) -> Tensor:
     return pad(scales, (0, rows - len(scales)), value=1.0)
 
 
+def _ones(words: Tensor) -> Tensor:
+    """int32 -> how many bits of each are set."""
+    pairs = words - ((words >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F
+    return (eights * 0x01010101) >> 24
+
+
+def _row_sums(record: BcqRecord, rows: int) -> Tensor:
+    """fp32 `[rows]`: the sums of the elements of each row of W; 0 for rows past N."""
+    k, n, groups = record.in_features, record.out_features, num_groups(record.in_features, record.group_size)
+    words = record.group_size // 32 if groups > 1 else record.codes.shape[2]
+    first = torch.arange(groups, device=record.codes.device) * record.group_size
+    columns = (k - first).clamp(max=record.group_size).to(torch.float64)
+    offsets = record.plane_offsets()
+    sums = torch.zeros_like(columns) if offsets is None else offsets.to(torch.float64) * columns
+    for plane, scales in zip(record.codes, record.plane_scales(), strict=True):
+        ones = pad(_ones(plane), (0, groups * words - plane.shape[1])).view(n, groups, words).sum(2)
+        sums = sums + scales.to(torch.float64) * (2 * ones - columns)
+    return pad(sums.sum(1).to(torch.float32), (0, rows - n))
+
+
 def layout(record: BcqRecord) -> tuple[Tensor, Tensor]:
-    """packed int32 `[ceil(N/16), ceil(K/128), unit]`, and `_row_scales`. A unit is what bit_planes.cuh draws."""
+    """packed int32 `[ceil(N/16), ceil(K/128), unit]`, and fp32 `[2, rows]`: `_row_scales` and `_row_sums`.
+
+    A unit is what bit_planes.cuh draws.
+    """
     bits, n, k = record.bits, record.out_features, record.in_features
     tiles, chunks, steps = -(-n // TILE_ROWS), -(-k // CHUNK), steps_of(record)
     words = pad(record.codes, (0, chunks * 4 - record.codes.shape[2], 0, tiles * TILE_ROWS - n))
@@ -119,7 +144,7 @@ def layout(record: BcqRecord) -> tuple[Tensor, Tensor]:
     # [slot, tile, row / 8, g, chunk, step] -> [tile, chunk, step, slot, g, row / 8]
     ordered = spread.view(-1, tiles, 2, 8, chunks, steps).permute(1, 4, 5, 0, 3, 2).reshape(tiles, chunks, -1)
     packed = torch.cat([codes, ordered.contiguous().view(torch.int32)], 2)
-    return packed, _row_scales(record, tiles * TILE_ROWS)
+    return packed, torch.stack([of(record, tiles * TILE_ROWS) for of in (_row_scales, _row_sums)])
 
 
 def _made(record: BcqRecord) -> tuple[Tensor, ...]:
@@ -138,8 +163,8 @@ def _bit_planes(ops: Ops, x: Tensor, record: BcqRecord, bias: Tensor | None, acc
 
 
 def _dequant_gemm(ops: Ops, x: Tensor, record: BcqRecord, bias: Tensor | None, accuracy: int) -> Tensor:
-    packed, row_scales = _made(record)
-    return ops("_bcq_dequant_gemm_cuda")(x, packed, row_scales, bias, *_described(record))
+    packed, row_facts = _made(record)
+    return ops("_bcq_dequant_gemm_cuda")(x, packed, row_facts, bias, *_described(record))
 
 
 def _unsupported(problem: Problem) -> str | None:
