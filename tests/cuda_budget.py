@@ -28,6 +28,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import sass_products
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 BUDGET = ROOT / "csrc" / "cuda" / "budget.json"
@@ -173,17 +175,17 @@ def run_nvcc(command: list[str]) -> tuple[int, str, float]:
     return process.returncode, text, used.ru_utime + used.ru_stime
 
 
-def instructions(object_file: Path) -> dict[str, dict[str, list[str]]]:
-    """arch (its number) -> symbol -> its instructions; empty without the tools."""
+def disassembled(object_file: Path, arch: str = "") -> dict[str, str]:
+    """arch (its number) -> nvdisasm's text, of one of them or of all; empty without the tools."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, str] = {}
     if cuobjdump and nvdisasm:
         with tempfile.TemporaryDirectory() as folder:
             command = [cuobjdump, "-xelf", "all", str(object_file)]
             subprocess.run(command, cwd=folder, check=True, capture_output=True)
-            for cubin in Path(folder).glob("*.cubin"):
+            for cubin in Path(folder).glob(f"*sm_{arch}*.cubin"):
                 text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
-                found[re.findall(r"sm_(\d+)", cubin.name)[-1]] = parse_sass(text)
+                found[re.findall(r"sm_(\d+)", cubin.name)[-1]] = text
     return found
 
 
@@ -216,7 +218,7 @@ def compile_source(source: Path) -> Compiled:
         raise RuntimeError("\n".join([f"nvcc refuses {source.name}:", *said])[:4000])
     if serialized := sorted(set(re.findall(r"\(C75\d\d\).*wgmma.*serialized.*", log))):
         raise RuntimeError("\n".join([f"{source.name}: wgmma would wait for each other:", *serialized])[:4000])
-    sass = instructions(partial)
+    sass = {arch: parse_sass(text) for arch, text in disassembled(partial).items()}
     kernels = {arch: {} for arch in ARCHS}
     for arch, symbols in parse_resources(log).items():
         names = demangle(symbols)
@@ -232,6 +234,21 @@ def compile_source(source: Path) -> Compiled:
     partial.write_text(json.dumps(facts), "utf-8")
     partial.replace(kept)
     return Compiled(kept.with_suffix(".o"), kernels, facts["seconds"])
+
+
+def in_flight(compiled: Compiled) -> dict[str, list[str]]:
+    """Each kernel with products of warpgroups -> its accesses to their registers in flight (see sass_products.py).
+
+    The kept object is disassembled again for it: what is kept of it can do without a megabyte of text, and a change of
+    that check counts at once.
+    """
+    with_products = [n for n, k in compiled.kernels["90a"].items() if any(map(sass_products.PRODUCT.match, k.sass))]
+    found = {name: ["it is not in what nvdisasm prints"] for name in with_products}
+    if found:
+        codes = sass_products.kernels(disassembled(compiled.object_file, "90")["90"])
+        names = demangle(codes)
+        found |= {names[symbol]: sass_products.faults(code) for symbol, code in codes.items()}
+    return found
 
 
 def has(sass: list[str], wanted: str) -> bool:
@@ -304,13 +321,15 @@ def main() -> int:
         results = dict(zip(wanted, pool.map(compile_source, wanted), strict=True))
     budget = read_budget()
     for source, compiled in results.items():
+        touched = in_flight(compiled)
         if args.update:
             budget[source.name] = updated(budget.get(source.name, {}), compiled.kernels)
         print(f"{source.name}: {compiled.seconds} s of CPU time to compile")
         for arch, kernels in compiled.kernels.items():
             for name, kernel in sorted(kernels.items()):
                 print(f"  sm_{arch} {name}: {kernel.registers} registers, {kernel.shared} bytes shared")
-                for fault in faults(kernel, arch, budget.get(source.name, {}).get(name)):
+                wrong = faults(kernel, arch, budget.get(source.name, {}).get(name))
+                for fault in wrong + (touched.get(name, []) if arch == "90a" else []):
                     print(f"    {fault}")
     if args.update:
         there = {source.name for source in SOURCES}

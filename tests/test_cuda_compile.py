@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cuda_budget
 import pytest
+import sass_products
 from conftest import REQUIRED
 from cuda_budget import ARCHS, ROOT, SOURCES, Compiled
 
@@ -53,6 +54,97 @@ def test_every_kernel_is_within_its_budget(source: Path, compiled: Running) -> N
     }
     wrong |= {name: ["the budget has it, the source does not"] for name in budget.keys() - kernels[ARCHS[0]].keys()}
     assert not {name: faults for name, faults in wrong.items() if faults}
+
+
+def test_no_kernel_touches_products_in_flight(compiled: Running) -> None:
+    checked = {
+        f"{source.name} {name}": faults
+        for source, future in compiled.items()
+        for name, faults in cuda_budget.in_flight(future.result()).items()
+    }
+    assert checked, "no kernel has products of warpgroups"
+    assert not {name: faults for name, faults in checked.items() if faults}
+
+
+def in_flight(*lines: str) -> list[str]:
+    """What is wrong with a kernel of these instructions, the first one at 0x0100, and labels."""
+    text, address = ['	.section	.text._Z1kv,"ax",@progbits', "_Z1kv:"], 0x100
+    for line in lines:
+        label = line.endswith(":")
+        text.append(line if label else f"        /*{address:04x}*/       {line} ;")
+        address += 0 if label else 16
+    (code,) = sass_products.kernels("\n".join(text)).values()
+    assert [str(one).split(maxsplit=1)[1] for one in code.instructions] == [i for i in lines if not i.endswith(":")]
+    return sass_products.faults(code)
+
+
+PRODUCTS = (
+    "HGMMA.64x16x16.F32 R24, R40, gdesc[UR8], R24, !UPT",
+    "HGMMA.64x16x16.F32 R24, R44, gdesc[UR8], R24, gsb0",
+)
+"""One group of two: R24..R31 = A in R40..R43 x B, then += A in R44..R47 x B."""
+OTHER = "HGMMA.64x16x16.F32 R32, R48, gdesc[UR8], R32, gsb0"
+"""A group of its own."""
+WAIT, WAIT_BUT_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (*PRODUCTS, "STS.128 [R36], R40", WAIT, "FADD R0, R24, R31", "LDS.128 R40, [R36]", "EXIT"),
+        (*PRODUCTS, OTHER, WAIT_BUT_ONE, "FADD R24, R24, R31", "MOV R47, RZ", WAIT, "MOV R48, R32", "EXIT"),
+        (*PRODUCTS, "@P0 BRA `(.L_x_1)", WAIT, "FADD R0, R24, R31", "EXIT", ".L_x_1:", WAIT, "MOV R40, R24", "EXIT"),
+        (".L_x_1:", *PRODUCTS, WAIT, "LDS.128 R40, [R36]", "@P0 BRA `(.L_x_1)", "FADD R0, R24, R31", "EXIT"),
+        (*PRODUCTS, "IMAD.WIDE R22, R23, R33, R32", "CS2R R22, SRZ", "ISETP.NE.AND P0, PT, R40, RZ, PT", "EXIT"),
+    ],
+    ids=["wait", "wait but for one group", "wait on both paths", "loop", "other registers"],
+)
+def test_products_in_flight_that_nothing_touches(lines: tuple[str, ...]) -> None:
+    assert in_flight(*lines) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "address", "what"),
+    [
+        ((*PRODUCTS, "LDS.128 R40, [R36]", WAIT), 0x120, "writes A (R40, R41, R42, R43)"),
+        ((*PRODUCTS, "STS.64 [R36], R30", WAIT), 0x120, "reads sums (R30, R31)"),
+        ((*PRODUCTS, "SHFL.IDX PT, R31, R0, RZ, 0x1f", WAIT), 0x120, "writes sums (R31)"),
+        ((*PRODUCTS, "IMAD.WIDE R22, R0, R1, R30", WAIT), 0x120, "reads sums (R30, R31)"),
+        ((*PRODUCTS, "@!P0 BRA `(.L_x_1)", WAIT, ".L_x_1:", "FADD R0, R24, R1", "EXIT"), 0x140, "reads sums (R24)"),
+        ((*PRODUCTS, "BRA !P0, `(.L_x_1)", WAIT, ".L_x_1:", "FADD R0, R24, R1", "EXIT"), 0x140, "reads sums (R24)"),
+        ((*PRODUCTS, "@P0 WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R0, R24, R1", "EXIT"), 0x130, "reads sums (R24)"),
+        (
+            (*PRODUCTS, 'BRX R6 -0x120 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*)', ".L_x_1:", WAIT, ".L_x_2:", "MOV R0, R24"),
+            0x140,
+            "reads sums (R24)",
+        ),
+        ((*PRODUCTS, "CALL.REL.NOINC `($f)", WAIT, "EXIT", "$f:", "MOV R47, RZ", "RET R6"), 0x150, "writes A (R47)"),
+        ((*PRODUCTS, "CALL.REL.NOINC `($f)", "MOV R47, RZ", "EXIT", "$f:", "NOP", "RET R6"), 0x130, "writes A (R47)"),
+        ((OTHER, *PRODUCTS, WAIT_BUT_ONE, "MOV R0, R24", WAIT), 0x140, "reads sums (R24)"),
+        ((".L_x_1:", "MOV R44, RZ", *PRODUCTS, "@P0 BRA `(.L_x_1)", WAIT, "EXIT"), 0x100, "writes A (R44)"),
+        ((*PRODUCTS, OTHER.replace("R32", "R40"), WAIT), 0x120, "writes A (R40, R41, R42, R43)"),
+    ],
+    ids=[
+        "A is overwritten",
+        "sums are read",
+        "sums are overwritten",
+        "a wide operand",
+        "branch around the wait",
+        "branch with a condition",
+        "wait under a predicate",
+        "jump by a table",
+        "in a function",
+        "after a function",
+        "wait for the group before",
+        "the next turn of a loop",
+        "by another product",
+    ],
+)
+def test_products_in_flight_that_are_touched(lines: tuple[str, ...], address: int, what: str) -> None:
+    found = in_flight(*lines)
+    places = {fault.split()[0] for fault in found}
+    assert places == {f"{address:#06x}"}
+    assert any(f": {what} of the product in flight since 0x01" in fault for fault in found), found
 
 
 STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = nullptr; return 0; }\n'
