@@ -59,7 +59,7 @@ __device__ __forceinline__ void stage_x(const MmaArguments& a, int first, int st
   const uint16_t* first_x = static_cast<const uint16_t*>(a.io.x) + a.token_base * a.io.x_stride;
   int done = 0;                                      // pieces
   if (S::kPieces == 1 && a.straight && a.aligned) {  // then the layout is that of x
-    constexpr int kAtOnce = 4;                       // tokens whose loads are under way together
+    constexpr int kAtOnce = kVec == 8 ? 2 : 4;       // tokens whose loads are under way together, as registers allow
     const int whole = max(min(steps * S::kInputs, K - first_k), 0) / 8;
 #pragma unroll 1
     for (int token = 0; token < a.tokens; token += kAtOnce) {

@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
         const uint4 scales = load16(arguments.token_scales + first_token + first + i);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          results[i + j] = sums[(first + i + j) * kSumsPitch + threadIdx.x] * __uint_as_float(part(scales, j)) * unit;
+          results[i + j] = sums[(first + i + j) * kSumsPitch + threadIdx.x] * unit * __uint_as_float(part(scales, j));
         }
       }
 #pragma unroll
