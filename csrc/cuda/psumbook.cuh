@@ -119,17 +119,42 @@ __device__ __forceinline__ const float* staged_slice(const float* staged, int co
   return staged + ((d / kWidth * kUnitColumns + column) * kWarpSize + lane) * kWidth + d % kWidth;
 }
 
-// x of token m for the tile's columns, as fp32, zeros where there is none. By all threads of the block.
-template <int kVec>
+// x of tokens m, .. for the tile's columns, as fp32, zeros where there is none: one token's after the other's. By all
+// threads of the block. All loads of a thread are under way together: each waits for L2, some 250 clocks.
+template <int kTokens, int kVec>
 __device__ __forceinline__ void stage_x(const PsumShape& s, int first_unit, int m, float* staged) {
-  constexpr int kWidth = kVec < 4 ? kVec : 4;
-  for (int i = threadIdx.x; i < kTileColumns * kVec; i += blockDim.x) {
+  constexpr int kWidth = kVec < 4 ? kVec : 4, kThreads = kPsumWarps * kWarpSize, kValues = kTileColumns * kVec;
+  constexpr int kPieces = kValues < kThreads ? 1 : kValues / kThreads;
+  const bool wide = s.x_dtype == DType::kFloat32;
+  uint32_t bits[kPieces][kTokens];
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int i = p * kThreads + threadIdx.x;
     const int within = i % kWidth, lane = i / kWidth % kWarpSize, outer = i / (kWidth * kWarpSize);
     const int d = outer / kUnitColumns * kWidth + within;
     const Column column = find_column(s, first_unit + lane, outer % kUnitColumns);
     const int k = column.k + d;
-    const bool there = column.k >= 0 && k < s.K && m < s.M;
-    staged[i] = there ? load_value(s.x, s.x_dtype, m * s.x_stride + k) : 0.f;
+    const bool there = i < kValues && column.k >= 0 && k < s.K;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int64_t at = (m + t) * s.x_stride + k;
+      bits[p][t] = 0;
+      if (there && m + t < s.M) {
+        bits[p][t] = wide ? static_cast<const uint32_t*>(s.x)[at] : static_cast<const uint16_t*>(s.x)[at];
+      }
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int i = p * kThreads + threadIdx.x;
+    if (i >= kValues) break;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const auto half = static_cast<unsigned short>(bits[p][t]);
+      staged[t * kValues + i] = wide                            ? __uint_as_float(bits[p][t])
+                                : s.x_dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(half))
+                                                                : __half2float(__ushort_as_half(half));
+    }
   }
 }
 
@@ -366,8 +391,7 @@ __device__ __forceinline__ void make_psumbook(const PsumShape& s, int first_unit
                                               float (&unit)[word_tokens(kWord)]) {
   constexpr int kTokens = word_tokens(kWord);
   float* staged = reinterpret_cast<float*>(table + table_bytes(kWord));
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) stage_x<kVec>(s, first_unit, m + t, staged + t * kTileColumns * kVec);
+  stage_x<kTokens, kVec>(s, first_unit, m, staged);
   __syncthreads();
   if constexpr (is_float(kWord)) {
     build_floats<kVec, table_bytes(kWord) / kHalfTable>(s, staged, first_unit, half, table);
