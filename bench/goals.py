@@ -298,11 +298,12 @@ def load(files: Iterable[Path]) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lutgemm.bench.goals", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="what lutgemm bench --json wrote")
+    runs_help = "what lutgemm bench --json wrote; without any, all goals are listed as pending"
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json", help=runs_help)
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args(argv)
     runs = load(args.runs)
-    if not runs:
+    if args.runs and not runs:
         print(f"none of {', '.join(map(str, args.runs))} exists: nothing was measured")
         return 1
     gpu = gpu_of(runs)

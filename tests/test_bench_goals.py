@@ -171,6 +171,10 @@ def test_the_report_of_a_gpu_ends_with_its_goals():
 
 
 def test_goals_of_files(tmp_path, capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "pending  8192x8192 2-bit, 1 token" in out
+    assert "0 reached, 0 missed" in out
     file = tmp_path / "gpu.json"
     assert main([str(file)]) == 1
     assert "nothing was measured" in capsys.readouterr().out
