@@ -1,6 +1,7 @@
 """Options `--require` and `--backend`, and the `run` fixture: every case x every backend, ISA, algorithm."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ def backend_names(config: pytest.Config, option: str) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # fixtures of a module too; see `one_thread`
     os.environ[tuned.VARIABLE] = "0"  # what the user's machine was tuned to is no business of the tests
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matmuls, before CUDA starts
