@@ -98,7 +98,8 @@ inline int most_units(const BlockPlan& plan) {
   return most;
 }
 
-// Of a block: which sibling it serves, and what that one has. No array is indexed at run time, and none copied.
+// Of a block: which sibling it serves, and what that one has. No array is indexed at run time, and none copied:
+// compilers unroll the loop (a host compiler reads this too, hence no pragma).
 struct OwnBlocks {
   int sibling;
   SiblingBlocks blocks;
@@ -113,7 +114,6 @@ struct OwnBlocks {
 
 LUTGEMM_ANYWHERE inline OwnBlocks own_blocks(const BlockPlan& plan, int block) {
   OwnBlocks own{0, plan.of[0], 0};
-#pragma unroll
   for (int i = 1; i < kMostSiblings; ++i) {
     if (block >= plan.of[i].first_block) own = OwnBlocks{i, plan.of[i], 0};
   }
