@@ -1,5 +1,6 @@
 // codegemm with fp32 entries: what is to be exact, fp32 weights, 3 codebooks; and codes of more than 8 bits.
 #include "cuda/codegemm.cuh"
+#include "cuda/epilogue.cuh"
 
 namespace lutgemm::cuda {
 namespace {
