@@ -30,17 +30,13 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/ptx_hopper.cuh"
 #include "cuda/reduce.h"
+#include "cuda/wgmma_block.cuh"
 
 namespace lutgemm::cuda {
 namespace {
 
 using namespace mma_parts;
-
-#if defined(LUTGEMM_EMULATED) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define LUTGEMM_HAS_WGMMA 1
-#endif
 
 constexpr int kWarps = 8;
 constexpr int kMostTokens = 128;  // of a block
@@ -49,13 +45,7 @@ constexpr int kBlockRows = kWarps * kMmaTileRows;
 constexpr int kSumsPitch = kBlockRows + 4;  // the tokens of a quad, 2 apart, in banks 8 apart
 constexpr int kMostStages = 8;
 
-// wgmma_there() sees by it whether the code that the device runs has the kernel: elsewhere it takes one warp.
-#ifdef LUTGEMM_HAS_WGMMA
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kLag = 2;  // parts that warps may be apart before thread 0 waits for another
-#else
-constexpr int kThreads = kWarpSize;
-#endif
+[[maybe_unused]] constexpr int kLag = 2;  // parts that warps may be apart before thread 0 waits for another
 
 struct WgmmaArguments {
   MmaArguments mma;
@@ -113,18 +103,10 @@ __device__ __forceinline__ void make_part(const unsigned char* table, int entry_
   }
 }
 
-struct Ring {
-  int stages, stage = 0;
-  unsigned phase = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-};
 #endif
 
 template <int kVec, int kPlanes, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArguments arguments) {
+__global__ void LUTGEMM_WGMMA_BOUNDS(kWarps* kWarpSize) codebook_wgmma_kernel(WgmmaArguments arguments) {
 #ifdef LUTGEMM_HAS_WGMMA
   using S = Shape<kVec>;
   constexpr int kStepBytes = wgmma_step_bytes(kTokens), kPartBytes = kPartSteps * kStepBytes;
@@ -132,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
   LUTGEMM_SHARED(uint64_t, full, [kMostStages]);
   LUTGEMM_SHARED(uint64_t, free, [kMostStages]);
   const MmaArguments& a = arguments.mma;
-  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4;
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
   unsigned char* table = dynamic_shared();
   unsigned char* stages = table + a.table_bytes;
@@ -186,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
       later_scales = load_scales(group + 1);
     }
   };
-  fill_table<kVec, kThreads>(a, own.sibling, table);
+  fill_table<kVec, kWarps * kWarpSize>(a, own.sibling, table);
   __syncthreads();
   grid_dependency_wait();
   launch_dependents();
@@ -210,17 +192,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
   Ring now{arguments.stages}, refilled{arguments.stages};
   const auto multiply = [&](auto row_tile) {
     constexpr int kTile = decltype(row_tile)::value;
-    const uint64_t b = wgmma_descriptor(stages + now.stage * kPartBytes, kTokens * 16, 128);
-    const auto high = static_cast<uint32_t>(b >> 32), low = static_cast<uint32_t>(b);
-    hold_registers(acc[kTile]);
-    wgmma_fence();
-#pragma unroll
-    for (int p = 0; p < kPartSteps; ++p) {
-      // A sum within the lower half: a carry would take instructions.
-      const uint64_t own = static_cast<uint64_t>(high) << 32 | (low + p * (kStepBytes / 16));
-      wgmma_f16<kTokens>(acc[kTile], fragments[kTile][p], own);
-    }
-    wgmma_commit();
+    multiply_steps<kTokens>(acc[kTile], fragments[kTile], stages + now.stage * kPartBytes);
   };
   const auto make = [&](auto row_tile, auto part_of_chunk) {
     constexpr int kTile = decltype(row_tile)::value, kPart = decltype(part_of_chunk)::value;
@@ -264,12 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
   auto* sums = reinterpret_cast<float*>(table);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float* own = sums + 2 * t * kSumsPitch + warp * kMmaTileRows + r * 16 + g;
-#pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) own[(8 * i + e % 2) * kSumsPitch + 8 * (e / 2)] = acc[r][4 * i + e];
-    }
+    store_sums<kTokens, kSumsPitch>(acc[r], sums + warp * kMmaTileRows + r * 16);
   }
   __syncthreads();
   const int64_t n = static_cast<int64_t>(first_tile) * kMmaTileRows + threadIdx.x;
@@ -311,16 +278,8 @@ __global__ void __launch_bounds__(kThreads, 1) codebook_wgmma_kernel(WgmmaArgume
 
 bool wgmma_there(const Gpu& gpu) {
   if (gpu.capability != 90) return false;
-#ifdef LUTGEMM_EMULATED
-  return true;
-#else
-  static const bool compiled = [] {
-    cudaFuncAttributes attributes{};
-    check_cuda(cudaFuncGetAttributes(&attributes, codebook_wgmma_kernel<4, 1, 64>), "cudaFuncGetAttributes");
-    return attributes.maxThreadsPerBlock >= kWarps * kWarpSize;
-  }();
+  static const bool compiled = has_body(codebook_wgmma_kernel<4, 1, 64>);
   return compiled;
-#endif
 }
 
 template <int kVec, int kPlanes>

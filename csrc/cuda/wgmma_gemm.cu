@@ -36,14 +36,11 @@
 
 #include "cuda/dequant_planes.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/wgmma_block.cuh"
 #include "cuda/wgmma_gemm.h"
 
 namespace lutgemm::cuda {
 namespace {
-
-#if defined(LUTGEMM_EMULATED) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define LUTGEMM_HAS_WGMMA 1
-#endif
 
 constexpr int kWarps = 8;     // two warpgroups, and 255 registers for a thread
 constexpr int kRowTiles = 2;  // of a warp, 16 rows each
@@ -54,26 +51,15 @@ constexpr int kMostTokens = 128;            // of a block
 
 static_assert(kBlockRows == kWarps * kWarpSize, "a thread writes one row of y");
 
-#ifdef LUTGEMM_HAS_WGMMA
-struct Ring {
-  int stages, stage = 0;
-  unsigned phase = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-};
-#endif
-
 template <int kTokens, bool kMerged>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 1) wgmma_gemm_kernel(const GemmArguments arguments) {
+__global__ void LUTGEMM_WGMMA_BOUNDS(kWarps* kWarpSize) wgmma_gemm_kernel(const GemmArguments arguments) {
 #ifdef LUTGEMM_HAS_WGMMA
   constexpr int kTokenBytes = kTokens * kTokenChunkBytes;
   LUTGEMM_SHARED(uint64_t, full, [kMostStages]);
   LUTGEMM_SHARED(uint64_t, free, [kMostStages]);
   const BitPlanesProblem& w = arguments.problem.weight;
   const DequantGemmPlan& plan = arguments.plan;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4;
   const int stages = plan.stages;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) mbarrier_init(full + i, kWarps), mbarrier_init(free + i, kWarps);
@@ -148,17 +134,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) wgmma_gemm_kernel(const 
   };
   const auto multiply = [&](int stage, auto tile) {
     constexpr int kTile = decltype(tile)::value;
-    const uint64_t b = wgmma_descriptor(shared + stage * stage_bytes, kTokens * 16, 128);
-    const auto high = static_cast<uint32_t>(b >> 32), low = static_cast<uint32_t>(b);
-    hold_registers(acc[kTile]);
-    wgmma_fence();
-#pragma unroll
-    for (int p = 0; p < 8; ++p) {
-      // A sum within the lower half: a carry would take instructions.
-      const uint64_t own = static_cast<uint64_t>(high) << 32 | (low + p * 2 * kTokens);
-      wgmma_f16<kTokens>(acc[kTile], a[kTile][p], own);
-    }
-    wgmma_commit();
+    multiply_steps<kTokens>(acc[kTile], a[kTile], shared + stage * stage_bytes);
   };
   using First = std::integral_constant<int, 0>;
   using Second = std::integral_constant<int, 1>;
@@ -197,13 +173,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) wgmma_gemm_kernel(const 
   __syncthreads();
   auto* sums = reinterpret_cast<float*>(shared);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float* own = sums + 2 * t * kSumsPitch + (r * kWarps + warp) * kPlanesTileRows + g;
-#pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) own[(8 * i + e % 2) * kSumsPitch + 8 * (e / 2)] = acc[r][4 * i + e];
-    }
+  for (int r = 0; r < kRowTiles; ++r) {
+    store_sums<kTokens, kSumsPitch>(acc[r], sums + (r * kWarps + warp) * kPlanesTileRows);
   }
   __syncthreads();
   const int64_t n = static_cast<int64_t>(row_block) * kBlockRows + threadIdx.x;
@@ -244,17 +215,8 @@ void launch_kernel(const GemmArguments& arguments, const LaunchShape& shape) {
 
 bool has_wgmma(const Gpu& gpu) {
   if (gpu.capability != 90) return false;
-#ifdef LUTGEMM_EMULATED
-  return true;
-#else
-  // A build without sm_90a has an empty kernel: no barriers in shared memory.
-  static const bool compiled = [] {
-    cudaFuncAttributes attributes{};
-    check_cuda(cudaFuncGetAttributes(&attributes, wgmma_gemm_kernel<64, false>), "cudaFuncGetAttributes");
-    return attributes.sharedSizeBytes >= 2 * kMostStages * sizeof(uint64_t);
-  }();
+  static const bool compiled = has_body(wgmma_gemm_kernel<64, false>);
   return compiled;
-#endif
 }
 
 DequantGemmPlan plan_wgmma_gemm(const DequantGemmProblem& problem, const Gpu& gpu) {
